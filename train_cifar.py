@@ -1,0 +1,957 @@
+"""Adversarial training with diffusion representation alignment (DRA) on CIFAR-10 and CIFAR-100, in one file.
+
+Paper: "Expanding the Role of Diffusion Models for Robust Classifier Training", arXiv 2602.19931. A diffusion model helps
+twice: its synthetic images are training data (DM-AT, arXiv 2302.04638), and its features are what the classifier's own
+features of the attacked image have to resemble. At test time the classifier stands alone and costs nothing extra.
+
+    L        = L_TRADES + lambda * L_DRA                              (eq. 4)
+    L_TRADES = CE(f(x), y) + beta * KL(p(x) || p(x'))                 x' = the attacked image, |x' - x| <= eps
+    L_DRA    = -cos(h(enc(x')), g(x_t, t, y))                         (eq. 3)
+               enc: the classifier's penultimate features; h: a small MLP, trained along and then thrown away;
+               g: features of a frozen diffusion model for the CLEAN image x with noise of level t added (edm_encoder.py)
+
+Try it in about a minute on a CPU, without data or downloads:
+
+    python train_cifar.py --smoke
+
+The paper's CIFAR-10 row "AT+DRA, WRN-34-10" is the default (paper: 88.54 % clean, 57.29 % AutoAttack), and with a million
+synthetic images its WRN-28-10 row (paper: 92.36 / 64.12):
+
+    python train_cifar.py --out runs/wrn-34-10
+    python train_cifar.py --arch wrn-28-10 --synthetic 1m.npz --batch-size 512 --epochs 400 --out runs/wrn-28-10-1m
+    torchrun --nproc-per-node 8 train_cifar.py ...                     # the same run on eight GPUs
+
+A run writes last.pt, best.pt (best robust accuracy on held-out training images) and log.csv to --out. The same command
+again continues it: every random draw is a function of (seed, step), so nothing else has to be remembered.
+"""
+import argparse
+import contextlib
+import copy
+import csv
+import math
+import mmap
+import os
+import re
+import resource
+import sys
+import time
+import zipfile
+from fractions import Fraction
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+
+from edm_encoder import EDMEncoder, load_edm_encoder
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Settings. "stated": in the paper. "inherited": from DM-AT, whose setup the paper says it follows exactly. "chosen": by us.
+# The flags in `parse_args` are what one changes to reproduce the paper; the constants here are the rest of the recipe.
+
+DATASETS = {  # classes; mean and standard deviation of the training images per RGB channel (inherited)
+    "cifar10": SimpleNamespace(classes=10, mean=(0.4914, 0.4822, 0.4465), std=(0.2471, 0.2435, 0.2616)),
+    "cifar100": SimpleNamespace(classes=100, mean=(0.5071, 0.4865, 0.4409), std=(0.2673, 0.2564, 0.2762)),
+}
+TEACHERS = {  # the diffusion models that also drew DM-AT's synthetic images (stated)
+    "cifar10": "https://nvlabs-fi-cdn.nvidia.com/edm/pretrained/edm-cifar10-32x32-cond-vp.pkl",
+    "cifar100": "https://huggingface.co/wzekai99/DM-Improves-AT/resolve/main/others/edm-cifar100-32x32-cond-vp.pkl",
+}
+OPTIMIZERS = {  # learning rate and weight decay. SGD: inherited; Lion: decay stated, rate chosen
+    "sgd": SimpleNamespace(lr=0.2, weight_decay=5e-4),
+    "lion": SimpleNamespace(lr=1e-4, weight_decay=0.5),
+}
+SGD_MOMENTUM = 0.9  # Nesterov (inherited)
+LION_BETAS = (0.9, 0.99)  # Lion's own paper, arXiv 2302.06675
+WARMUP = 0.025  # share of all steps with a rising learning rate; weight averaging starts where it ends (inherited)
+BATCHNORM_MOMENTUM = 0.01  # share of the new batch in the running statistics; 1.0 in the very first step (inherited)
+CROP_PADDING = 4  # pixels of black border for the random crop (inherited)
+HOLDOUT = 1024  # the first training images, kept out of training to pick best.pt (inherited); at most a tenth of the data
+SELECTION_STEPS = 40  # steps of the margin-loss attack on them (inherited)
+PROJECTOR_WIDTH = 2048  # hidden width of h; REPA's, arXiv 2410.06940 (the paper states three layers)
+EXTRA_LOG_SIGMA = (-1.2, 1.2)  # mean and standard deviation of ln(sigma), EDM's training distribution (stated by reference)
+TABLE_STEPS, TABLE_IMAGES = 10, 1024  # PGD for the closing table, a quick look and no result: AutoAttack is the judge
+LOG_EVERY = 50  # steps
+
+
+class InputError(ValueError):
+    """Something that the user gave cannot be used. One line; the command line prints it and exits with code 2."""
+
+
+def fraction(text):
+    """A pixel distance on the [0, 1] scale as a float: "8/255" and "0.031" both work."""
+    return float(Fraction(text))
+
+
+def parse_args(argv=None):
+    """Command line -> Namespace. Raises InputError for a flag that is unknown or out of range."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.error = _raise_input_error  # one line and exit code 2, without the usage text
+    add = parser.add_argument
+    add("--smoke", action="store_true", help="a tiny run on drawn images with a random teacher: about a minute on a CPU, needs no files")
+    # Data
+    add("--dataset", choices=list(DATASETS), default="cifar10", help="number of classes and normalisation")
+    add("--data-dir", default="data", help="folder with train.npz and test.npz (image uint8 [N,32,32,3], label int [N]), else torchvision's CIFAR, downloaded there")
+    add("--synthetic", nargs="+", default=[], metavar="FILE", help="synthetic images: DM-AT's .npz files as released, any number of parts")
+    add("--synthetic-fraction", type=float, help="their share of each batch (inherited: 0.7 up to 1M images, 0.8 above)")
+    # Model and optimisation
+    add("--arch", default="wrn-34-10", help="wrn-DEPTH-WIDTH with DEPTH = 6n + 4, or vit-b-2")
+    add("--epochs", type=int, default=200, help="of ceil(training images / batch size) steps, whatever the synthetic data (stated per row)")
+    add("--max-steps", type=int, help="total number of steps, in place of --epochs")
+    add("--batch-size", type=int, default=128, help="over all processes (stated per row)")
+    add("--optimizer", choices=list(OPTIMIZERS), default="sgd", help="sgd for WRN (inherited), lion for ViT (stated)")
+    add("--lr", type=float, help="peak learning rate (sgd 0.2: inherited; lion 1e-4: chosen)")
+    add("--weight-decay", type=float, help="none on normalisation layers (sgd 5e-4: inherited; lion 0.5: stated)")
+    add("--ema-decay", type=float, default=0.995, help="weight averaging tau (inherited)")
+    add("--label-smoothing", type=float, default=0.1, help="in the cross-entropy (inherited)")
+    # Attack
+    add("--beta", type=float, default=5.0, help="weight of TRADES' KL term (inherited)")
+    add("--eps", type=fraction, default="8/255", help="largest change of a pixel in [0,1] (inherited)")
+    add("--step-size", type=fraction, default="2/255", help="of the attack (inherited)")
+    add("--attack-steps", type=int, default=10, help="PGD steps in training (stated)")
+    # Diffusion representation alignment
+    add("--dra-weight", type=float, default=1.0, help="lambda in eq. (4); 0 is plain adversarial training and needs no teacher (chosen)")
+    add("--teacher", help="EDM .pkl, path or URL (stated: the EDM model that drew the synthetic images, downloaded if not given)")
+    add("--teacher-sigma", type=float, default=0.06, help="noise level for the teacher, images in [-1,1] (chosen: best linear probe in DDAE, arXiv 2303.09769)")
+    add("--teacher-layer", default="dec.8x8_in1", help="block whose output is the target (stated: the bottleneck before upsampling)")
+    add("--teacher-unconditional", action="store_true", help="do not tell the teacher the label")
+    add("--extra-sigma", action="store_true", help="a second target per image at a random noise level (stated for more than 1M synthetic images)")
+    # Running
+    add("--out", default="runs/cifar", help="folder for last.pt, best.pt and log.csv")
+    add("--seed", type=int, default=0, help="of every random draw")
+    add("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu", help="where to run")
+    add("--no-amp", action="store_true", help="float32 throughout (default on CUDA: the backbone in bfloat16)")
+    add("--no-compile", action="store_true", help="no torch.compile (default on CUDA: compiled)")
+    add("--eval-every", type=float, default=5, help="epochs between evaluations of the averaged model on the held-out images")
+    add("--save-every", type=float, default=1, help="epochs between checkpoints")
+    add("--dry-run", action="store_true", help="print the plan and stop")
+    if "--smoke" in (sys.argv[1:] if argv is None else argv):  # small enough for two CPU cores; any flag still beats these
+        parser.set_defaults(arch="wrn-10-1", epochs=8, batch_size=64, lr=0.1, eval_every=4, out="runs/smoke")
+    args = parser.parse_args(argv)
+    _check_args(args)
+    return args
+
+
+def _raise_input_error(message):
+    raise InputError(message)
+
+
+def _check_args(args):
+    """Fill in what depends on other flags; raise InputError naming the flag that is out of range."""
+    args.lr = OPTIMIZERS[args.optimizer].lr if args.lr is None else args.lr
+    args.weight_decay = OPTIMIZERS[args.optimizer].weight_decay if args.weight_decay is None else args.weight_decay
+    at_least = {"epochs": 1, "batch_size": 2, "attack_steps": 1, "max_steps": 1, "seed": 0, "dra_weight": 0, "beta": 0, "weight_decay": 0}
+    above_zero = ("lr", "step_size", "teacher_sigma", "eval_every", "save_every")
+    below_one = ("eps", "label_smoothing", "ema_decay", "synthetic_fraction")
+    for name, value in vars(args).items():
+        flag = f"--{name.replace('_', '-')}"
+        if isinstance(value, float) and not math.isfinite(value):
+            raise InputError(f"{flag} {value}: expected a finite number")
+        if name in at_least and value is not None and value < at_least[name]:
+            raise InputError(f"{flag} {value}: expected at least {at_least[name]}")
+        if name in above_zero and value <= 0:
+            raise InputError(f"{flag} {value}: expected more than 0")
+        if name in below_one and value is not None and not 0 <= value < 1:
+            raise InputError(f"{flag} {value}: expected a number from 0 up to but not including 1" + (", such as 8/255" if name == "eps" else ""))
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: no CUDA device is available here; use --device cpu")
+    if args.synthetic_fraction and not args.synthetic:
+        raise InputError("--synthetic-fraction: expected --synthetic FILE with it")
+    if args.dra_weight == 0:  # plain adversarial training: what is said of the teacher does not matter
+        args.teacher, args.extra_sigma = None, False
+    elif args.teacher is None and not args.smoke:
+        args.teacher = TEACHERS[args.dataset]
+    args.amp = args.device == "cuda" and not args.no_amp
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Model. `model(images)` gives logits, `model.features(images)` penultimate features [B, D], and `model.head` leads from one
+# to the other. Images are in [0, 1]: the normalisation is inside, as AutoAttack needs it.
+
+
+class Block(nn.Module):
+    """Pre-activation residual block. Parameter names as in DM-AT and in RobustBench's DMWideResNet."""
+
+    def __init__(self, in_channels, out_channels, stride):
+        super().__init__()
+        self.batchnorm_0 = nn.BatchNorm2d(in_channels, momentum=BATCHNORM_MOMENTUM)
+        self.conv_0 = nn.Conv2d(in_channels, out_channels, 3, stride, padding=0, bias=False)
+        self.batchnorm_1 = nn.BatchNorm2d(out_channels, momentum=BATCHNORM_MOMENTUM)
+        self.conv_1 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
+        self.shortcut = nn.Conv2d(in_channels, out_channels, 1, stride, bias=False) if in_channels != out_channels else None
+        # TensorFlow's SAME padding: a strided 3x3 convolution pads right and bottom only.
+        self.padding = (1, 1, 1, 1) if stride == 1 else (0, 1, 0, 1)
+
+    def forward(self, x):
+        """[B, in_channels, H, W] -> [B, out_channels, H / stride, W / stride]"""
+        activated = F.silu(self.batchnorm_0(x))
+        h = self.conv_0(F.pad(activated, self.padding))
+        h = self.conv_1(F.silu(self.batchnorm_1(h)))
+        return h + (x if self.shortcut is None else self.shortcut(activated))
+
+
+class WideResNet(nn.Module):
+    """WRN-depth-width with SiLU (swish), as in DM-AT; PyTorch's default initialisation, as there."""
+
+    def __init__(self, depth, width, num_classes, mean, std):
+        super().__init__()
+        channels = [16, 16 * width, 32 * width, 64 * width]
+        self.init_conv = nn.Conv2d(3, channels[0], 3, padding=1, bias=False)
+        self.layer = nn.Sequential()
+        for group in range(3):
+            blocks = [Block(channels[group + (i > 0)], channels[group + 1], stride=2 if group and i == 0 else 1) for i in range((depth - 4) // 6)]
+            self.layer.append(nn.Module())  # only there for the name: layer.0.block.0 and so on
+            self.layer[group].block = nn.Sequential(*blocks)
+        self.batchnorm = nn.BatchNorm2d(channels[3], momentum=BATCHNORM_MOMENTUM)
+        self.logits = nn.Linear(channels[3], num_classes)
+        _add_input_normalisation(self, mean, std)
+
+    def features(self, images):
+        """images [B, 3, 32, 32] in [0, 1] -> penultimate features [B, 64 * width] float32."""
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.amp):
+            x = self.init_conv((images - self.mean) / self.std)  # [B, 16, 32, 32]
+            for group in self.layer:
+                x = group.block(x)  # 32 x 32, 16 x 16, 8 x 8
+            return F.silu(self.batchnorm(x)).mean(dim=(2, 3), dtype=torch.float32)
+
+    def head(self, features):
+        """features [B, D] -> logits [B, num_classes], in float32: autocast ends before."""
+        return self.logits(features)
+
+    def forward(self, images):
+        """images [B, 3, 32, 32] in [0, 1] -> logits [B, num_classes]."""
+        return self.head(self.features(images))
+
+
+class ViT(torchvision.models.VisionTransformer):
+    """torchvision's Vision Transformer at ViT-B's size for 32 px images in patches of 2 (stated): 257 tokens of width 768."""
+
+    def __init__(self, num_classes, mean, std):
+        super().__init__(image_size=32, patch_size=2, num_layers=12, num_heads=12, hidden_dim=768, mlp_dim=3072, num_classes=num_classes)
+        _add_input_normalisation(self, mean, std)
+
+    def features(self, images):
+        """images [B, 3, 32, 32] in [0, 1] -> class token after the last layer norm [B, 768] float32."""
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.amp):
+            patches = self.conv_proj((images - self.mean) / self.std).flatten(2).transpose(1, 2)  # [B, 256, 768]
+            tokens = torch.cat([self.class_token.expand(len(images), -1, -1).to(patches.dtype), patches], dim=1)
+            return self.encoder(tokens)[:, 0].float()
+
+    def head(self, features):
+        """features [B, 768] -> logits [B, num_classes], in float32: autocast ends before."""
+        return self.heads(features)
+
+    def forward(self, images):
+        """images [B, 3, 32, 32] in [0, 1] -> logits [B, num_classes]."""
+        return self.head(self.features(images))
+
+
+def _add_input_normalisation(model, mean, std):
+    # Not persistent: the state dict keeps DM-AT's and RobustBench's keys, no more. Checkpoints carry mean and std beside it.
+    model.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
+    model.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
+    model.amp = False  # bfloat16 inside `features`
+
+
+def build_model(arch, num_classes, dataset="cifar10"):
+    """A classifier for images [B, 3, 32, 32] in [0, 1], randomly initialised from torch's global generator.
+
+    arch: "wrn-DEPTH-WIDTH" with DEPTH = 6n + 4, or "vit-b-2"; dataset: whose mean and standard deviation normalise the input.
+    Raises InputError for an unknown arch or dataset.
+    """
+    if dataset not in DATASETS:
+        raise InputError(f"--dataset {dataset}: expected one of {', '.join(DATASETS)}")
+    mean, std = DATASETS[dataset].mean, DATASETS[dataset].std
+    wrn = re.fullmatch(r"wrn-(\d+)-(\d+)", arch)
+    if wrn and int(wrn[1]) >= 10 and int(wrn[1]) % 6 == 4 and int(wrn[2]) >= 1:
+        return WideResNet(int(wrn[1]), int(wrn[2]), num_classes, mean, std)
+    if arch == "vit-b-2":
+        return ViT(num_classes, mean, std)
+    raise InputError(f"--arch {arch}: expected wrn-DEPTH-WIDTH with DEPTH = 6n + 4 (such as wrn-28-10), or vit-b-2")
+
+
+def build_projector(in_width, out_width):
+    """h in eq. (3): classifier features [B, in_width] -> teacher's space [B, out_width]. Three layers (stated), SiLU as in REPA."""
+    return nn.Sequential(nn.Linear(in_width, PROJECTOR_WIDTH), nn.SiLU(), nn.Linear(PROJECTOR_WIDTH, PROJECTOR_WIDTH), nn.SiLU(),
+                         nn.Linear(PROJECTOR_WIDTH, out_width))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Attack and losses
+
+
+def pgd(loss, images, start, eps, step_size, steps):
+    """Projected gradient ascent on loss(x') over the l-infinity ball around `images` and the pixel range (eq. 2).
+
+    images, start [B, 3, H, W] in [0, 1], start within eps of images; loss: images -> scalar. Returns x', same shape, detached.
+    """
+    adv = start
+    for _ in range(steps):
+        with torch.enable_grad():
+            adv = adv.detach().requires_grad_()
+            (gradient,) = torch.autograd.grad(loss(adv), [adv])
+        adv = adv.detach() + step_size * gradient.sign()
+        adv = adv.clamp(images - eps, images + eps).clamp(0, 1)
+    return adv.detach()
+
+
+@contextlib.contextmanager
+def attack_mode(model):
+    """While attacking: batch norm leaves its running statistics alone, and no weight gradient is computed (or compiled)."""
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d) and m.track_running_stats]
+    weights = [p for p in model.parameters() if p.requires_grad]
+    for norm in norms:
+        norm.track_running_stats = False
+    for weight in weights:
+        weight.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True
+        for weight in weights:
+            weight.requires_grad_(True)
+
+
+def kl_divergence(clean_logits, adv_logits, reduction):
+    """KL(p(x) || p(x')) from logits [B, classes]. Log-probabilities on both sides: with plain ones the gradient into the
+    clean logits is NaN as soon as one of them underflows."""
+    clean_log_p, adv_log_p = clean_logits.float().log_softmax(dim=1), adv_logits.float().log_softmax(dim=1)
+    return F.kl_div(adv_log_p, clean_log_p, reduction=reduction, log_target=True)
+
+
+def trades_attack(model, images, start, eps, step_size, steps):
+    """The adversary of TRADES as in DM-AT: x' within eps of x that maximises KL(p(x) || p(x')), p(x) held fixed.
+
+    images [B, 3, H, W] in [0, 1]; start: the first x', same shape, U(-eps, eps) around images and clamped to [0, 1]. A model
+    in training mode is attacked with BATCH statistics, not the running ones, which stay as they are (DM-AT; TRADES' own
+    code differs in both, and in its start). Returns x' [B, 3, H, W] in [0, 1], detached.
+    """
+    with attack_mode(model):
+        with torch.no_grad():
+            clean_logits = model(images)
+        return pgd(lambda adv: kl_divergence(clean_logits, model(adv), "sum"), images, start, eps, step_size, steps)
+
+
+def trades_loss(clean_logits, adv_logits, labels, beta, label_smoothing):
+    """L_TRADES = CE(f(x), y) + beta * KL(p(x) || p(x')), mean over the batch; gradients flow into both (arXiv 1901.08573).
+
+    clean_logits, adv_logits [B, classes], labels [B] int64. Returns a float32 scalar.
+    """
+    cross_entropy = F.cross_entropy(clean_logits.float(), labels, label_smoothing=label_smoothing)
+    return cross_entropy + beta * kl_divergence(clean_logits, adv_logits, "batchmean")
+
+
+def dra_loss(projected, target):
+    """L_DRA = -cos(h(enc(x')), g(x_t, t, y)), mean over the batch (eq. 3): -1 where the directions agree.
+
+    projected, target [B, width]; no gradient flows into target. Returns a float32 scalar in [-1, 1].
+    """
+    return -F.cosine_similarity(projected.float(), target.detach().float(), dim=1).mean()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Optimisation
+
+
+class Lion(torch.optim.Optimizer):
+    """Lion (arXiv 2302.06675): the sign of an interpolated momentum, with decoupled weight decay."""
+
+    def __init__(self, params, lr, weight_decay=0.0, betas=LION_BETAS):
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "betas": betas})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """Update every parameter that has a gradient. closure: torch's optional argument, re-evaluates the loss."""
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        for group in self.param_groups:
+            beta1, beta2 = group["betas"]
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                update = momentum.lerp(p.grad, 1 - beta1).sign_()
+                p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update, alpha=group["lr"])
+                momentum.lerp_(p.grad, 1 - beta2)
+        return loss
+
+
+def build_optimizer(args, *modules):
+    """SGD or Lion over all parameters of `modules`, without weight decay on normalisation layers (inherited)."""
+    norms = [m for module in modules for m in module.modules() if isinstance(m, (nn.BatchNorm2d, nn.LayerNorm))]
+    undecayed = {id(p) for norm in norms for p in norm.parameters()}
+    parameters = [p for module in modules for p in module.parameters()]
+    groups = [{"params": [p for p in parameters if id(p) not in undecayed]},
+              {"params": [p for p in parameters if id(p) in undecayed], "weight_decay": 0.0}]
+    if args.optimizer == "lion":
+        return Lion(groups, lr=args.lr, weight_decay=args.weight_decay)
+    return torch.optim.SGD(groups, lr=args.lr, momentum=SGD_MOMENTUM, nesterov=True, weight_decay=args.weight_decay)
+
+
+def learning_rate(step, total_steps, peak):
+    """Linear rise over the first 2.5 % of the steps, then half a cosine down to 0. step counts from 0."""
+    warmup = int(WARMUP * total_steps)
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total_steps - warmup)))
+
+
+def averaging_decay(step, warmup_steps, tau):
+    """Share of the old average that stays after step `step` (from 0): none during the warm-up, then rising to tau (DM-AT)."""
+    since = step + 1 - warmup_steps
+    return 0.0 if since < 0 else min(tau, (1 + since) / (10 + since))
+
+
+@torch.no_grad()
+def update_average(averaged, model, decay):
+    """averaged <- decay * averaged + (1 - decay) * model; batch norm's running statistics are copied, never shared."""
+    torch._foreach_lerp_(list(averaged.parameters()), list(model.parameters()), 1 - decay)
+    for mine, live in zip(averaged.buffers(), model.buffers()):
+        mine.copy_(live)
+
+
+def set_batchnorm_momentum(model, momentum):
+    """Share of the new batch in the running statistics of every batch norm layer."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = momentum
+
+
+def average_gradients(parameters):
+    """Mean gradient over all processes. By hand rather than by DistributedDataParallel: once per 27 forward passes there is
+    nothing worth overlapping, and the two training-mode forwards of one step would trip over its buffer broadcasts."""
+    if not dist.is_initialized():
+        return
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    flat = torch.cat([g.flatten() for g in gradients])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients])):
+        gradient.copy_(mean.view_as(gradient))
+
+
+def train_step(model, averaged, projectors, teacher, optimizer, batch, decay, args):
+    """One optimisation step, in the paper's order. Deterministic: all randomness is in `batch` (see `Data.batch`).
+
+    batch.images [B, 3, 32, 32] in [0, 1], batch.labels [B], batch.start like images, and batch.teacher_noise, a list of
+    (sigma, noise), one for each projector; decay: see `averaging_decay`; args: eps, step_size, attack_steps, beta,
+    label_smoothing, dra_weight, teacher_unconditional, amp. Returns detached scalars by name, left on the device.
+    """
+    images, labels = batch.images, batch.labels
+    model.train()  # batch statistics in the attack and in both forwards below
+
+    # The inner maximisation, eq. (2): x' starts at U(-eps, eps) around x.
+    adv = trades_attack(model, images, batch.start, args.eps, args.step_size, args.attack_steps)
+
+    # L_TRADES. Two forwards, clean and adversarial, each with its own batch statistics; both update the running ones.
+    clean_logits = model(images)
+    adv_features = model.features(adv)  # enc(x'), [B, D]
+    adv_logits = model.head(adv_features)
+    trades = trades_loss(clean_logits, adv_logits, labels, args.beta, args.label_smoothing)
+
+    # L_DRA, eq. (3): the projected features of x' against the teacher's of the clean x. The mean over projectors (chosen).
+    alignment = trades.new_zeros(())
+    for projector, (sigma, noise) in zip(projectors, batch.teacher_noise):
+        with torch.no_grad(), torch.autocast(images.device.type, torch.bfloat16, enabled=args.amp):
+            target = teacher(images, None if args.teacher_unconditional else labels, sigma, noise)  # [B, width] float32
+        alignment = alignment + dra_loss(projector(adv_features), target) / len(projectors)
+
+    loss = trades + args.dra_weight * alignment  # eq. (4)
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    average_gradients([p for group in optimizer.param_groups for p in group["params"]])
+    optimizer.step()
+    update_average(averaged, model, decay)
+
+    with torch.no_grad():
+        clean, robust = [(logits.argmax(dim=1) == labels).float().mean() for logits in (clean_logits, adv_logits)]
+    return {"loss": loss.detach(), "trades": trades.detach(), "cosine": -alignment.detach(), "train_clean": clean, "train_robust": robust}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data: disk -> one augmented batch on the device. Every draw is a function of (seed, step), drawn for the global batch;
+# of which each process takes its slice.
+
+
+def generator(seed, position, purpose, device="cpu"):
+    """A random generator that depends on (seed, position, purpose) alone. position: a step or pass number; purpose: a short text."""
+    mixed = np.random.SeedSequence([seed, position, *purpose.encode()]).generate_state(1, np.uint64)[0]
+    return torch.Generator(device).manual_seed(int(mixed >> np.uint64(1)))
+
+
+def map_npz_member(path, name):
+    """Map one array of an .npz file into memory where it lies, without reading it: (read-only array, its mmap).
+
+    numpy ignores mmap_mode for .npz, but an uncompressed member is a plain .npy at some offset in the zip (zip64 included).
+    Raises InputError for a file that is no .npz, lacks `name`, or holds it compressed, cut off or as pickled objects.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
+            info = archive.getinfo(f"{name}.npy")
+            if info.compress_type != zipfile.ZIP_STORED:
+                raise InputError(f"{path}: {name!r} is compressed and cannot be mapped; write the file again with numpy.savez")
+            file.seek(info.header_offset)
+            local = file.read(30)  # the local header, with name and extra field behind it, of lengths that only it knows
+            file.seek(int.from_bytes(local[26:28], "little") + int.from_bytes(local[28:30], "little"), os.SEEK_CUR)
+            version = np.lib.format.read_magic(file)
+            read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            shape, fortran_order, dtype = read_header(file)
+            if dtype.hasobject or fortran_order:
+                raise InputError(f"{path}: {name!r} is {dtype}{' in Fortran order' * fortran_order}, expected a C-ordered array of integers")
+            mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            return np.ndarray(shape, dtype, buffer=mapping, offset=file.tell()), mapping
+    except InputError:
+        raise
+    except KeyError:
+        raise InputError(f"{path}: has no array {name!r}; expected 'image' and 'label'") from None
+    except (zipfile.BadZipFile, ValueError, TypeError, EOFError) as error:
+        raise InputError(f"{path}: not a readable .npz file, perhaps cut off ({error})") from None
+
+
+class Images:
+    """Images uint8 [N, 32, 32, 3] with labels [N] uint8, in memory or, with `mapping`, left on disk and fetched by index."""
+
+    def __init__(self, images, labels, mapping=None):
+        self.images, self.mapping = images, mapping
+        self.labels = torch.from_numpy(np.asarray(labels).astype(np.uint8))
+
+    def __len__(self):
+        return len(self.labels)
+
+    def to(self, device, first=0, end=None):
+        """A copy of images [first:end] in the device's memory."""
+        moved = Images(None, self.labels[first:end])
+        moved.labels = moved.labels.to(device)
+        moved.images = torch.empty(self.images[first:end].shape, dtype=torch.uint8, device=device)
+        for i in range(0, len(moved), 100_000):  # in pieces: these may be a mapped file's
+            moved.images[i:i + 100_000] = torch.from_numpy(self.images[first:end][i:i + 100_000].copy())
+        return moved
+
+    def fetch(self, index):
+        """index [n] int64 -> images [n, 32, 32, 3] uint8 and labels [n] int64, where they are stored."""
+        if self.mapping is None:
+            index = index.to(self.images.device)
+            return self.images[index], self.labels[index].long()
+        images = torch.from_numpy(self.images[index.numpy()])  # a copy
+        self.mapping.madvise(mmap.MADV_DONTNEED)  # or the resident memory would grow towards the size of the file
+        return images, self.labels[index].long()
+
+
+def open_npz(path, classes):
+    """An .npz with `image` uint8 [N, 32, 32, 3] and integer `label` [N] in 0 ... classes - 1 -> Images, left on disk.
+
+    Raises InputError, one line that names the file, where that is not what it holds.
+    """
+    (images, mapping), (labels, _) = map_npz_member(path, "image"), map_npz_member(path, "label")
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != (32, 32, 3):
+        raise InputError(f"{path}: 'image' is {images.dtype} {list(images.shape)}, expected uint8 [N, 32, 32, 3]")
+    if labels.shape != images.shape[:1] or labels.dtype.kind not in "iu" or not len(labels):
+        raise InputError(f"{path}: 'label' is {labels.dtype} {list(labels.shape)}, expected integers [{len(images)}], at least one")
+    if labels.min() < 0 or labels.max() >= classes:
+        raise InputError(f"{path}: labels run from {labels.min()} to {labels.max()}, expected 0 to {classes - 1}")
+    mapping.madvise(mmap.MADV_RANDOM)  # no read-ahead: single images are fetched from all over the file
+    return Images(images, labels, mapping)
+
+
+def load_real(args, split):
+    """The real images of "train" or "test": --data-dir's npz files, or torchvision's CIFAR, or the smoke run's drawings."""
+    if args.smoke:
+        return Images(*draw_smoke_images(1088 if split == "train" else 256, seed=args.seed + (split == "test")))
+    folder = Path(args.data_dir)
+    if (folder / "train.npz").exists() or (folder / "test.npz").exists():
+        return open_npz(folder / f"{split}.npz", DATASETS[args.dataset].classes)
+    cifar = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[args.dataset]
+    try:
+        data = cifar(folder, train=split == "train", download=True)
+    except (RuntimeError, OSError) as error:
+        raise InputError(f"--data-dir {folder}: has no train.npz, and torchvision could not get {args.dataset} ({error})") from None
+    return Images(data.data, data.targets)
+
+
+def draw_smoke_images(count, seed):
+    """Ten classes that a tiny network learns in a minute: waves in two directions and five frequencies, with random phase,
+    contrast, colour and noise. Returns images uint8 [count, 32, 32, 3] and labels int64 [count]."""
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, 10, count)
+    frequency = 1 + labels % 5  # waves per 32 pixels
+    phase, contrast = rng.uniform(0, 2 * np.pi, count), rng.uniform(0.25, 0.45, count)
+    position = np.arange(32) / 32
+    wave = contrast[:, None] * np.sin(2 * np.pi * frequency[:, None] * position + phase[:, None])  # [count, 32]
+    images = np.where((labels < 5)[:, None, None], wave[:, None, :], wave[:, :, None])[..., None]  # [count, 32, 32, 1]
+    images = 0.5 + images * rng.uniform(0.6, 1, (count, 1, 1, 3)) + rng.normal(0, 0.05, (count, 32, 32, 3))
+    return (images.clip(0, 1) * 255).astype(np.uint8), labels
+
+
+class Data:
+    """Real and synthetic training images, held-out and test images, and the batches drawn from them."""
+
+    def __init__(self, args, device, rank=0, world=1):
+        self.args, self.device, self.rank, self.world = args, device, rank, world
+        real = load_real(args, "train")
+        held = min(HOLDOUT, len(real) // 10)
+        self.holdout, self.test = real.to(device, end=held), load_real(args, "test").to(device)
+        self.steps_per_epoch = math.ceil(len(real) / args.batch_size)  # DM-AT: whatever the synthetic data
+        synthetic = [open_npz(path, DATASETS[args.dataset].classes) for path in args.synthetic]
+        self.synthetic_bytes = sum(part.images.nbytes for part in synthetic)
+        self.resident = device.type == "cuda" and self.synthetic_bytes < torch.cuda.mem_get_info()[0] / 2
+        if self.resident and not args.dry_run:
+            synthetic = [part.to(device) for part in synthetic]
+        self.parts = [real.to(device, first=held), *synthetic]  # numbered through: part i ends before image ends[i]
+        self.ends = torch.tensor([len(part) for part in self.parts]).cumsum(0)
+        self.n_real_images, self.n_synthetic_images = len(self.parts[0]), sum(len(part) for part in synthetic)
+
+        if synthetic and args.synthetic_fraction is None:
+            args.synthetic_fraction = 0.7 if self.n_synthetic_images <= 1_000_000 else 0.8
+        self.n_real = int(args.batch_size * (1 - (args.synthetic_fraction or 0)))  # per batch; the others are synthetic
+        if not 1 <= self.n_real <= self.n_real_images:
+            raise InputError(f"--batch-size {args.batch_size}: has {self.n_real} real images, expected 1 to {self.n_real_images}, all there are")
+        if args.batch_size % world:
+            raise InputError(f"--batch-size {args.batch_size}: expected a multiple of the {world} processes")
+        self.permutation = (None, None)  # number of the current pass over the real images, and its order
+
+    def draw_indices(self, step):
+        """Which images the step's global batch holds: int64 [batch_size], numbered through `parts`.
+
+        Real ones are consecutive pieces of reshuffled passes over all of them; synthetic ones are drawn with replacement.
+        """
+        seed, index = self.args.seed, []
+        position, end = step * self.n_real, (step + 1) * self.n_real
+        while position < end:  # a batch may end one pass and begin the next
+            number, offset = divmod(position, self.n_real_images)
+            if self.permutation[0] != number:
+                self.permutation = number, torch.randperm(self.n_real_images, generator=generator(seed, number, "pass"))
+            index.append(self.permutation[1][offset:offset + end - position])
+            position += len(index[-1])
+        if self.n_synthetic_images:
+            shape = (self.args.batch_size - self.n_real,)
+            index.append(self.n_real_images + torch.randint(self.n_synthetic_images, shape, generator=generator(seed, step, "synthetic")))
+        return torch.cat(index)
+
+    def fetch(self, index):
+        """index [n] as from `draw_indices` -> images uint8 [n, 32, 32, 3] and labels [n] int64, on the device, in that order."""
+        images = torch.empty(len(index), 32, 32, 3, dtype=torch.uint8, device=self.device)
+        labels = torch.empty(len(index), dtype=torch.int64, device=self.device)
+        part_of = torch.bucketize(index, self.ends, right=True)
+        for i, part in enumerate(self.parts):
+            here = (part_of == i).nonzero().squeeze(1)
+            some_images, some_labels = part.fetch(index[here] - (self.ends[i] - len(part)))
+            here = here.to(self.device)
+            images[here], labels[here] = some_images.to(self.device), some_labels.to(self.device)
+        return images, labels
+
+    def batch(self, step):
+        """All that `train_step` needs for one step. B: this process's share of the batch, every `world`-th image of it.
+
+        Returns images [B, 3, 32, 32] in [0, 1], randomly cropped and flipped, labels [B], start: the attack's first point, and
+        teacher_noise: [(sigma, noise)] for the teacher, one or two.
+        """
+        args, device, size, mine = self.args, self.device, self.args.batch_size, slice(self.rank, None, self.world)
+        images, labels = self.fetch(self.draw_indices(step)[mine])
+        images = images.permute(0, 3, 1, 2)  # [B, 3, 32, 32] in 0 ... 255
+
+        random = generator(args.seed, step, "batch", device)  # one stream, read in this order and for the whole batch
+        corner = torch.randint(2 * CROP_PADDING + 1, (2, size), generator=random, device=device)[:, mine]
+        flip = (torch.rand(size, generator=random, device=device) < 0.5)[mine]
+        images = crop_and_flip(images, corner, flip).float() / 255  # in [0, 1]
+
+        shape = (size, 3, 32, 32)
+        start = images + args.eps * (2 * torch.rand(shape, generator=random, device=device)[mine] - 1)
+        teacher_noise = []
+        if args.dra_weight:
+            teacher_noise.append((args.teacher_sigma, torch.randn(shape, generator=random, device=device)[mine]))
+        if args.extra_sigma:
+            mean, deviation = EXTRA_LOG_SIGMA
+            sigma = (mean + deviation * torch.randn(size, generator=random, device=device)[mine]).exp()
+            teacher_noise.append((sigma, torch.randn(shape, generator=random, device=device)[mine]))
+        return SimpleNamespace(images=images, labels=labels, start=start.clamp(0, 1), teacher_noise=teacher_noise)
+
+
+def crop_and_flip(images, corner, flip):
+    """Crop images [B, C, H, W] at corner [2, B] (row, column) out of themselves with a black border, and mirror where flip [B]."""
+    batch, _, height, width = images.shape
+    padded = F.pad(images, (CROP_PADDING,) * 4)
+    rows = corner[0, :, None] + torch.arange(height, device=images.device)  # [B, H]
+    columns = torch.arange(width, device=images.device).expand(batch, -1)
+    columns = corner[1, :, None] + torch.where(flip[:, None], columns.flip(1), columns)  # [B, W]
+    which = torch.arange(batch, device=images.device)[:, None, None]
+    return padded[which, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)  # gathered as [B, H, W, C]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Evaluation, checkpoints and log
+
+
+def margin_loss(logits, labels):
+    """Best wrong logit minus the right one, summed over the batch (Carlini & Wagner 2017): logits [B, classes], labels [B]."""
+    right = logits.gather(1, labels[:, None]).squeeze(1)
+    wrong = logits.scatter(1, labels[:, None], -torch.inf).amax(dim=1)
+    return (wrong - right).sum()
+
+
+def evaluate(model, source, loss, steps, args, limit=None):
+    """Clean and robust accuracy in percent, the latter under `steps` PGD steps on `loss`, from one random start (by seed).
+
+    model: in evaluation mode, frozen, float32. source: Images on the device, of which the first `limit` count.
+    """
+    clean, robust, count = 0, 0, min(len(source), limit or len(source))
+    for index in torch.arange(count).split(256):
+        images, labels = source.fetch(index)
+        images = images.permute(0, 3, 1, 2).float() / 255  # [256, 3, 32, 32] in [0, 1]
+        random = generator(args.seed, int(index[0]), "evaluate", images.device)
+        start = images + args.eps * (2 * torch.rand(images.shape, generator=random, device=images.device) - 1)
+        adv = pgd(lambda x: loss(model(x), labels), images, start.clamp(0, 1), args.eps, args.step_size, steps)
+        with torch.no_grad():
+            clean += (model(images).argmax(dim=1) == labels).sum().item()
+            robust += (model(adv).argmax(dim=1) == labels).sum().item()
+    return 100 * clean / count, 100 * robust / count
+
+
+def save_atomically(content, path):
+    """torch.save under a temporary name, flushed to the disk, then renamed: `path` is always whole, the old or the new one."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def checkpoint(args, model, averaged, projectors, optimizer, step, best):
+    """All that a run needs to continue after `step` steps, and all that a reader of the weights needs: tensors and plain types.
+
+    model_state_dict (averaged) and unaveraged_model_state_dict are DM-AT's keys, state_dict (averaged) is RobustBench's.
+    """
+    data, weights = DATASETS[args.dataset], averaged.state_dict()
+    return {"model_state_dict": weights, "state_dict": weights, "unaveraged_model_state_dict": model.state_dict(),
+            "projector": projectors.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "best": best,
+            "args": vars(args), "arch": args.arch, "dataset": args.dataset, "num_classes": data.classes, "mean": data.mean, "std": data.std}
+
+
+# Settings that may differ when a run continues: they change where and how fast it runs, not what it computes.
+MAY_DIFFER = {"data_dir", "out", "device", "amp", "no_amp", "no_compile", "save_every", "dry_run"}
+
+
+def load_checkpoint(path, args):
+    """Read last.pt of a run with the same settings. Raises InputError where it is unreadable or of another run."""
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)  # data only: nothing in the file can run
+        difference = [f"--{name.replace('_', '-')} {saved['args'].get(name)} there, {value} now" for name, value in vars(args).items()
+                      if name not in MAY_DIFFER and saved["args"].get(name) != value]
+    except Exception as error:
+        raise InputError(f"{path}: damaged or no checkpoint of this script ({type(error).__name__}: {str(error).splitlines()[0]}); "
+                         "move it away to start anew, or put best.pt in its place to continue from there") from None
+    if difference:
+        raise InputError(f"{path}: belongs to a run with other settings ({'; '.join(difference)}); choose another --out")
+    return saved
+
+
+LOG_COLUMNS = ("step", "epoch", "lr", "loss", "trades", "cosine", "train_clean", "train_robust", "images_per_s", "holdout_clean", "holdout_robust")
+
+
+class Log:
+    """log.csv and the terminal: one line per interval. Accuracies in percent, images_per_s over all processes."""
+
+    def __init__(self, path, step):
+        """Continue after `step`: later rows, of a run that went on after its last checkpoint, are dropped and made again."""
+        self.path, rows = path, []
+        if step and path.exists():
+            with open(path, newline="") as file:
+                rows = [row for row in csv.DictReader(file) if int(row["step"]) <= step]
+        temporary = path.with_name(path.name + ".tmp")
+        with open(temporary, "w", newline="") as file:
+            writer = csv.DictWriter(file, LOG_COLUMNS)
+            writer.writeheader()
+            writer.writerows(rows)
+        os.replace(temporary, path)
+
+    def write(self, row, seconds_left):
+        """row: {column: number}, missing columns stay empty."""
+        with open(self.path, "a", newline="") as file:
+            csv.DictWriter(file, LOG_COLUMNS).writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
+        text = f"step {row['step']:>6}  epoch {row['epoch']:7.2f}"
+        if "loss" in row:
+            text += f"  loss {row['loss']:.3f}  cosine {row['cosine']:.3f}  batch clean {row['train_clean']:.1f} % robust {row['train_robust']:.1f} %"
+            text += f"  {row['images_per_s']:.0f} images/s  {seconds_left / 60:.1f} min left"
+        if "holdout_clean" in row:
+            text += f"  | held-out clean {row['holdout_clean']:.2f} % robust {row['holdout_robust']:.2f} %"
+        print(text, flush=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The run
+
+
+def load_teacher(args, device):
+    """The frozen diffusion encoder, or None without alignment. Raises InputError where it does not fit the data."""
+    if args.dra_weight == 0:
+        return None
+    if args.teacher is None:  # smoke: a random network's features are a poor target, but they exercise the same path
+        torch.manual_seed(args.seed)
+        teacher = EDMEncoder(args.teacher_layer, img_resolution=32, label_dim=10, model_channels=16, channel_mult=[1, 2, 2], num_blocks=1)
+        return teacher.to(device)
+    try:
+        teacher = load_edm_encoder(args.teacher, args.teacher_layer)
+    except (ValueError, OSError) as error:
+        raise InputError(f"--teacher {error}") from None
+    classes = DATASETS[args.dataset].classes
+    if teacher.img_resolution != 32:
+        raise InputError(f"--teacher {args.teacher}: made for {teacher.img_resolution} px images, expected 32")
+    if teacher.label_dim not in (0, classes) and not args.teacher_unconditional:
+        raise InputError(f"--teacher {args.teacher}: knows {teacher.label_dim} classes, expected {classes} ({args.dataset}); --teacher-unconditional drops the labels")
+    return teacher.to(device)
+
+
+def print_plan(args, data, model, projectors, teacher, total_steps):
+    """What is about to run, in a few lines."""
+    count = lambda module: f"{sum(p.numel() for p in module.parameters()) / 1e6:.2f}M parameters"
+    print(f"model      {args.arch}, {DATASETS[args.dataset].classes} classes, {count(model)}; bfloat16 {'on' if args.amp else 'off'}")
+    memory = sum(part.images.nbytes for part in (data.parts[0], data.holdout, data.test)) / 2**20
+    print(f"data       {args.dataset}: {data.n_real_images:,} real images to train on, {len(data.holdout):,} held out, {len(data.test):,} for tests; {memory:.0f} MiB on {data.device}")
+    if args.synthetic:
+        where = f"in memory of {data.device}" if data.resident else "left on disk, memory-mapped"
+        print(f"           {data.n_synthetic_images:,} synthetic images in {len(args.synthetic)} files, {data.synthetic_bytes / 2**30:.1f} GiB, {where}")
+    print(f"batch      {args.batch_size} = {data.n_real} real + {args.batch_size - data.n_real} synthetic" + (f", over {data.world} processes" if data.world > 1 else ""))
+    print(f"steps      {total_steps:,} = {total_steps / data.steps_per_epoch:g} epochs of {data.steps_per_epoch:,} steps ({data.steps_per_epoch * args.batch_size:,} images)")
+    print(f"attack     TRADES, beta {args.beta:g}, eps {args.eps * 255:g}/255, {args.attack_steps} steps of {args.step_size * 255:g}/255")
+    print(f"optimizer  {args.optimizer}, learning rate {args.lr:g}, weight decay {args.weight_decay:g}, averaging {args.ema_decay:g}")
+    if teacher is None:
+        print("alignment  none: plain adversarial training")
+    else:
+        print(f"alignment  lambda {args.dra_weight:g}; teacher {args.teacher or 'random (smoke)'}, {teacher.layer}, {teacher.width} wide, {count(teacher)}, sigma {args.teacher_sigma:g}"
+              + (" and one drawn per image" if args.extra_sigma else "")
+              + (", without labels" if args.teacher_unconditional or not teacher.label_dim else ", with labels") + f"; projector {count(projectors)}", flush=True)
+
+
+def build_run(args, device, teacher):
+    """Freshly initialised model, its average, projectors and optimizer: a function of the settings and the seed alone."""
+    torch.manual_seed(args.seed)
+    model = build_model(args.arch, DATASETS[args.dataset].classes, args.dataset)
+    with torch.no_grad():
+        feature_width = model.eval().features(torch.zeros(1, 3, 32, 32)).shape[1]
+    projectors = nn.ModuleList(build_projector(feature_width, teacher.width) for _ in range(1 + args.extra_sigma) if teacher)
+    model.to(device, memory_format=torch.channels_last)  # the faster layout for convolutions, on GPUs and CPUs
+    projectors.to(device)
+    averaged = copy.deepcopy(model).requires_grad_(False).eval()  # a copy: it shares no storage with the live model
+    model.amp = args.amp  # the average stays float32: it is only ever evaluated
+    return model, averaged, projectors, build_optimizer(args, model, projectors)
+
+
+def train(args, data, teacher, run, out, total_steps):
+    """Train from the last checkpoint, or from scratch, to `total_steps`; returns the best held-out robust accuracy so far."""
+    model, averaged, projectors, optimizer = run
+    main_process, first_step, best = data.rank == 0, 0, -1.0
+    if (out / "last.pt").exists():
+        saved = load_checkpoint(out / "last.pt", args)
+        model.load_state_dict(saved["unaveraged_model_state_dict"])
+        averaged.load_state_dict(saved["model_state_dict"])
+        projectors.load_state_dict(saved["projector"])
+        optimizer.load_state_dict(saved["optimizer"])
+        first_step, best = saved["step"], saved["best"]
+        if main_process:
+            print(f"continuing after step {first_step} of {total_steps}" if first_step < total_steps else "this run is complete", flush=True)
+    log = Log(out / "log.csv", first_step) if main_process else None
+    if args.device == "cuda" and not args.no_compile:  # `features` is where the work is; names of parameters stay clean
+        model.features = torch.compile(model.features)
+
+    warmup = int(WARMUP * total_steps)
+    eval_every, save_every = [max(1, round(epochs * data.steps_per_epoch)) for epochs in (args.eval_every, args.save_every)]
+    log_every, recent, since = min(LOG_EVERY, data.steps_per_epoch), [], time.time()
+    for step in range(first_step, total_steps):
+        set_batchnorm_momentum(model, 1.0 if step == 0 else BATCHNORM_MOMENTUM)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, total_steps, args.lr)
+        decay = averaging_decay(step, warmup, args.ema_decay)
+        recent.append(train_step(model, averaged, projectors, teacher, optimizer, data.batch(step), decay, args))
+
+        # Bookkeeping. The numbers in `recent` stay on the device until a line is due: a step never waits for the GPU.
+        done, last = step + 1, step + 1 == total_steps
+        evaluating, saving = done % eval_every == 0 or last, done % save_every == 0 or last
+        if not (done % log_every == 0 or evaluating or saving):
+            continue
+        row = {"step": done, "epoch": done / data.steps_per_epoch, "lr": group["lr"]} | summarise(recent, done, out)
+        seconds_per_step = (time.time() - since) / len(recent)
+        row["images_per_s"] = args.batch_size / seconds_per_step
+        if main_process and evaluating:
+            row["holdout_clean"], row["holdout_robust"] = evaluate(averaged, data.holdout, margin_loss, SELECTION_STEPS, args)
+            if row["holdout_robust"] > best:
+                best = row["holdout_robust"]
+                save_atomically(checkpoint(args, model, averaged, projectors, optimizer, done, best), out / "best.pt")
+        if main_process and saving:
+            save_atomically(checkpoint(args, model, averaged, projectors, optimizer, done, best), out / "last.pt")
+        if main_process:
+            log.write(row, (total_steps - done) * seconds_per_step)
+        recent, since = [], time.time()
+
+
+def summarise(recent, done, out):
+    """Means of the last steps' numbers. Raises FloatingPointError where a loss was not finite: nothing of it is saved then."""
+    table = torch.stack([torch.stack(list(numbers.values())) for numbers in recent]).cpu()  # [steps, numbers]; the one wait
+    bad = (~table.isfinite().all(dim=1)).nonzero()
+    if len(bad):
+        step = done - len(recent) + int(bad[0]) + 1
+        values = ", ".join(f"{name} {value:g}" for name, value in zip(recent[0], table[bad[0, 0]].tolist()))
+        raise FloatingPointError(f"the loss is not finite in step {step} ({values}); the last good checkpoint is {out / 'last.pt'}, if one was due before")
+    means = dict(zip(recent[0], table.mean(dim=0).tolist()))
+    return means | {name: 100 * means[name] for name in ("train_clean", "train_robust")}
+
+
+def print_table(args, data, run, out):
+    """Clean and PGD accuracy on test images, before and after: a quick look. `run` supplies a model to load weights into."""
+    print(f"\nfirst {min(TABLE_IMAGES, len(data.test))} test images, averaged model       clean    PGD-{TABLE_STEPS} at {args.eps * 255:g}/255")
+    cross_entropy = lambda logits, labels: F.cross_entropy(logits, labels, reduction="sum")
+    for name in ("before training", "best.pt", "last.pt"):
+        model = build_run(args, data.device, None)[1] if name == "before training" else run[1]
+        if name != "before training":
+            model.load_state_dict(torch.load(out / name, map_location="cpu", weights_only=True)["model_state_dict"])
+        clean, robust = evaluate(model, data.test, cross_entropy, TABLE_STEPS, args, limit=TABLE_IMAGES)
+        print(f"  {name:42} {clean:6.2f} %  {robust:6.2f} %", flush=True)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform != "darwin" else 2**30)
+    gpu = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB on the GPU" if args.device == "cuda" else ""
+    print(f"peak memory {peak:.1f} GiB{gpu}. Judge the checkpoint with AutoAttack before quoting a number.")
+
+
+def main(argv=None):
+    """The command line."""
+    args = parse_args(argv)
+    rank, world, local = [int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))]
+    device = torch.device("cuda", local) if args.device == "cuda" else torch.device("cpu")
+    if args.device == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True
+    if world > 1:
+        dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
+    out = Path(args.out)
+    if out.exists() and not out.is_dir():
+        raise InputError(f"--out {out}: is a file, expected a folder")
+    teacher = load_teacher(args, device)
+    data = Data(args, device, rank, world)
+    total_steps = args.max_steps or args.epochs * data.steps_per_epoch
+    run = build_run(args, device, teacher)
+    if rank == 0:
+        print_plan(args, data, run[0], run[2], teacher, total_steps)
+    if args.dry_run:
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    train(args, data, teacher, run, out, total_steps)
+    if rank == 0:
+        print_table(args, data, run, out)
+    if world > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (InputError, OSError) as problem:
+        print(f"error: {problem}", file=sys.stderr)
+        sys.exit(2)
+    except FloatingPointError as problem:
+        print(f"error: {problem}", file=sys.stderr)
+        sys.exit(1)
