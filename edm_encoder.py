@@ -313,10 +313,9 @@ def read_edm_pickle(path):
         file.seek(0)
         try:
             content = _InertUnpickler(file).load()
-        except pickle.UnpicklingError as error:
-            raise ValueError(f"{path}: refused or damaged: the file {error}; an EDM .pkl holds tensors and plain data only") from None
         except Exception as error:  # a damaged or hostile pickle can fail in any way; none of them ran anything
-            raise ValueError(f"{path}: not a readable EDM .pkl, perhaps cut off ({type(error).__name__}: {error})") from None
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise ValueError(f"{path}: cut off, damaged or refused ({reason}); an EDM .pkl holds tensors and plain data only") from None
     try:
         precond = content["ema"]
         if precond.class_name != "EDMPrecond":

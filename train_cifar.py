@@ -130,7 +130,7 @@ def parse_args(argv=None):
     add("--save-every", type=float, default=1, help="epochs between checkpoints")
     add("--dry-run", action="store_true", help="print the plan and stop")
     if "--smoke" in (sys.argv[1:] if argv is None else argv):  # small enough for two CPU cores; any flag still beats these
-        parser.set_defaults(arch="wrn-10-1", epochs=8, batch_size=64, lr=0.1, eval_every=4, out="runs/smoke")
+        parser.set_defaults(arch="wrn-10-1", epochs=6, batch_size=64, lr=0.1, eval_every=3, out="runs/smoke")
     args = parser.parse_args(argv)
     _check_args(args)
     return args
@@ -194,10 +194,29 @@ class Block(nn.Module):
         return h + (x if self.shortcut is None else self.shortcut(activated))
 
 
-class WideResNet(nn.Module):
+class Classifier(nn.Module):
+    """What both architectures share. A subclass has `penultimate`, from normalised images, and `head`."""
+
+    def set_normalisation(self, mean, std):
+        """Mean and standard deviation per RGB channel. Not persistent: the state dict keeps DM-AT's and RobustBench's keys."""
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
+        self.amp = False  # bfloat16 in the backbone
+
+    def features(self, images):
+        """images [B, 3, 32, 32] in [0, 1] -> penultimate features [B, D] float32: autocast ends here, logits stay float32."""
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.amp):
+            return self.penultimate((images - self.mean) / self.std).float()
+
+    def forward(self, images):
+        """images [B, 3, 32, 32] in [0, 1] -> logits [B, num_classes]."""
+        return self.head(self.features(images))
+
+
+class WideResNet(Classifier):
     """WRN-depth-width with SiLU (swish), as in DM-AT; PyTorch's default initialisation, as there."""
 
-    def __init__(self, depth, width, num_classes, mean, std):
+    def __init__(self, depth, width, num_classes):
         super().__init__()
         channels = [16, 16 * width, 32 * width, 64 * width]
         self.init_conv = nn.Conv2d(3, channels[0], 3, padding=1, bias=False)
@@ -208,53 +227,34 @@ class WideResNet(nn.Module):
             self.layer[group].block = nn.Sequential(*blocks)
         self.batchnorm = nn.BatchNorm2d(channels[3], momentum=BATCHNORM_MOMENTUM)
         self.logits = nn.Linear(channels[3], num_classes)
-        _add_input_normalisation(self, mean, std)
 
-    def features(self, images):
-        """images [B, 3, 32, 32] in [0, 1] -> penultimate features [B, 64 * width] float32."""
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.amp):
-            x = self.init_conv((images - self.mean) / self.std)  # [B, 16, 32, 32]
-            for group in self.layer:
-                x = group.block(x)  # 32 x 32, 16 x 16, 8 x 8
-            return F.silu(self.batchnorm(x)).mean(dim=(2, 3), dtype=torch.float32)
+    def penultimate(self, x):
+        """[B, 3, 32, 32] normalised -> [B, 64 * width], the mean over the last 8 x 8 positions."""
+        x = self.init_conv(x)  # [B, 16, 32, 32]
+        for group in self.layer:
+            x = group.block(x)  # 32 x 32, then 16 x 16, then 8 x 8
+        return F.silu(self.batchnorm(x)).mean(dim=(2, 3), dtype=torch.float32)
 
     def head(self, features):
-        """features [B, D] -> logits [B, num_classes], in float32: autocast ends before."""
+        """features [B, D] -> logits [B, num_classes]."""
         return self.logits(features)
 
-    def forward(self, images):
-        """images [B, 3, 32, 32] in [0, 1] -> logits [B, num_classes]."""
-        return self.head(self.features(images))
 
-
-class ViT(torchvision.models.VisionTransformer):
+class ViT(Classifier, torchvision.models.VisionTransformer):
     """torchvision's Vision Transformer at ViT-B's size for 32 px images in patches of 2 (stated): 257 tokens of width 768."""
 
-    def __init__(self, num_classes, mean, std):
+    def __init__(self, num_classes):
         super().__init__(image_size=32, patch_size=2, num_layers=12, num_heads=12, hidden_dim=768, mlp_dim=3072, num_classes=num_classes)
-        _add_input_normalisation(self, mean, std)
 
-    def features(self, images):
-        """images [B, 3, 32, 32] in [0, 1] -> class token after the last layer norm [B, 768] float32."""
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.amp):
-            patches = self.conv_proj((images - self.mean) / self.std).flatten(2).transpose(1, 2)  # [B, 256, 768]
-            tokens = torch.cat([self.class_token.expand(len(images), -1, -1).to(patches.dtype), patches], dim=1)
-            return self.encoder(tokens)[:, 0].float()
+    def penultimate(self, x):
+        """[B, 3, 32, 32] normalised -> [B, 768], the class token after the last layer norm."""
+        patches = self.conv_proj(x).flatten(2).transpose(1, 2)  # [B, 256, 768]
+        class_token = self.class_token.expand(len(x), -1, -1).to(patches.dtype)
+        return self.encoder(torch.cat([class_token, patches], dim=1))[:, 0]
 
     def head(self, features):
-        """features [B, 768] -> logits [B, num_classes], in float32: autocast ends before."""
+        """features [B, 768] -> logits [B, num_classes]."""
         return self.heads(features)
-
-    def forward(self, images):
-        """images [B, 3, 32, 32] in [0, 1] -> logits [B, num_classes]."""
-        return self.head(self.features(images))
-
-
-def _add_input_normalisation(model, mean, std):
-    # Not persistent: the state dict keeps DM-AT's and RobustBench's keys, no more. Checkpoints carry mean and std beside it.
-    model.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
-    model.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
-    model.amp = False  # bfloat16 inside `features`
 
 
 def build_model(arch, num_classes, dataset="cifar10"):
@@ -265,13 +265,15 @@ def build_model(arch, num_classes, dataset="cifar10"):
     """
     if dataset not in DATASETS:
         raise InputError(f"--dataset {dataset}: expected one of {', '.join(DATASETS)}")
-    mean, std = DATASETS[dataset].mean, DATASETS[dataset].std
-    wrn = re.fullmatch(r"wrn-(\d+)-(\d+)", arch)
+    wrn = re.fullmatch(r"wrn-(\d{1,4})-(\d{1,4})", arch)
     if wrn and int(wrn[1]) >= 10 and int(wrn[1]) % 6 == 4 and int(wrn[2]) >= 1:
-        return WideResNet(int(wrn[1]), int(wrn[2]), num_classes, mean, std)
-    if arch == "vit-b-2":
-        return ViT(num_classes, mean, std)
-    raise InputError(f"--arch {arch}: expected wrn-DEPTH-WIDTH with DEPTH = 6n + 4 (such as wrn-28-10), or vit-b-2")
+        model = WideResNet(int(wrn[1]), int(wrn[2]), num_classes)
+    elif arch == "vit-b-2":
+        model = ViT(num_classes)
+    else:
+        raise InputError(f"--arch {arch}: expected wrn-DEPTH-WIDTH with DEPTH = 6n + 4 (such as wrn-28-10), or vit-b-2")
+    model.set_normalisation(DATASETS[dataset].mean, DATASETS[dataset].std)
+    return model
 
 
 def build_projector(in_width, out_width):
@@ -723,18 +725,19 @@ def save_atomically(content, path):
         temporary.unlink(missing_ok=True)
 
 
-def checkpoint(args, model, averaged, projectors, optimizer, step, best):
+def checkpoint(args, run, step, best):
     """All that a run needs to continue after `step` steps, and all that a reader of the weights needs: tensors and plain types.
 
     model_state_dict (averaged) and unaveraged_model_state_dict are DM-AT's keys, state_dict (averaged) is RobustBench's.
     """
+    model, averaged, projectors, optimizer = run
     data, weights = DATASETS[args.dataset], averaged.state_dict()
     return {"model_state_dict": weights, "state_dict": weights, "unaveraged_model_state_dict": model.state_dict(),
             "projector": projectors.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "best": best,
             "args": vars(args), "arch": args.arch, "dataset": args.dataset, "num_classes": data.classes, "mean": data.mean, "std": data.std}
 
 
-# Settings that may differ when a run continues: they change where and how fast it runs, not what it computes.
+# Settings that may differ when a run continues: they say where and how it runs, not what it computes.
 MAY_DIFFER = {"data_dir", "out", "device", "amp", "no_amp", "no_compile", "save_every", "dry_run"}
 
 
@@ -746,7 +749,7 @@ def load_checkpoint(path, args):
                       if name not in MAY_DIFFER and saved["args"].get(name) != value]
     except Exception as error:
         raise InputError(f"{path}: damaged or no checkpoint of this script ({type(error).__name__}: {str(error).splitlines()[0]}); "
-                         "move it away to start anew, or put best.pt in its place to continue from there") from None
+                         "move it away to continue from best.pt, or to start anew where there is none") from None
     if difference:
         raise InputError(f"{path}: belongs to a run with other settings ({'; '.join(difference)}); choose another --out")
     return saved
@@ -755,33 +758,26 @@ def load_checkpoint(path, args):
 LOG_COLUMNS = ("step", "epoch", "lr", "loss", "trades", "cosine", "train_clean", "train_robust", "images_per_s", "holdout_clean", "holdout_robust")
 
 
-class Log:
-    """log.csv and the terminal: one line per interval. Accuracies in percent, images_per_s over all processes."""
+def start_log(path, step):
+    """log.csv with its header and the rows up to `step`; later ones, of a run that went on after its last checkpoint, will be made again."""
+    rows = []
+    if step and path.exists():
+        with open(path, newline="") as file:
+            rows = [row for row in csv.DictReader(file) if int(row["step"]) <= step]
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w", newline="") as file:
+        csv.DictWriter(file, LOG_COLUMNS).writeheader()
+        csv.DictWriter(file, LOG_COLUMNS).writerows(rows)
+    os.replace(temporary, path)
 
-    def __init__(self, path, step):
-        """Continue after `step`: later rows, of a run that went on after its last checkpoint, are dropped and made again."""
-        self.path, rows = path, []
-        if step and path.exists():
-            with open(path, newline="") as file:
-                rows = [row for row in csv.DictReader(file) if int(row["step"]) <= step]
-        temporary = path.with_name(path.name + ".tmp")
-        with open(temporary, "w", newline="") as file:
-            writer = csv.DictWriter(file, LOG_COLUMNS)
-            writer.writeheader()
-            writer.writerows(rows)
-        os.replace(temporary, path)
 
-    def write(self, row, seconds_left):
-        """row: {column: number}, missing columns stay empty."""
-        with open(self.path, "a", newline="") as file:
-            csv.DictWriter(file, LOG_COLUMNS).writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
-        text = f"step {row['step']:>6}  epoch {row['epoch']:7.2f}"
-        if "loss" in row:
-            text += f"  loss {row['loss']:.3f}  cosine {row['cosine']:.3f}  batch clean {row['train_clean']:.1f} % robust {row['train_robust']:.1f} %"
-            text += f"  {row['images_per_s']:.0f} images/s  {seconds_left / 60:.1f} min left"
-        if "holdout_clean" in row:
-            text += f"  | held-out clean {row['holdout_clean']:.2f} % robust {row['holdout_robust']:.2f} %"
-        print(text, flush=True)
+def write_log(path, row, minutes_left):
+    """Append row {column: number} to log.csv and show it. Accuracies in percent; images_per_s over all processes."""
+    with open(path, "a", newline="") as file:
+        csv.DictWriter(file, LOG_COLUMNS).writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
+    held_out = "  | held-out clean {holdout_clean:.2f} % robust {holdout_robust:.2f} %" if "holdout_clean" in row else ""
+    text = "step {step:>6}  epoch {epoch:7.2f}  loss {loss:.3f}  cosine {cosine:.3f}  batch clean {train_clean:.1f} % robust {train_robust:.1f} %  {images_per_s:.0f} images/s"
+    print((text + held_out).format(**row) + f"  {minutes_left:.1f} min left", flush=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -844,19 +840,20 @@ def build_run(args, device, teacher):
 
 
 def train(args, data, teacher, run, out, total_steps):
-    """Train from the last checkpoint, or from scratch, to `total_steps`; returns the best held-out robust accuracy so far."""
+    """Train to `total_steps`, from the last checkpoint in `out` or else from scratch. run: as from `build_run`, changed in place."""
     model, averaged, projectors, optimizer = run
     main_process, first_step, best = data.rank == 0, 0, -1.0
-    if (out / "last.pt").exists():
-        saved = load_checkpoint(out / "last.pt", args)
+    last_checkpoint = next((out / name for name in ("last.pt", "best.pt") if (out / name).exists()), None)
+    if last_checkpoint:
+        saved = load_checkpoint(last_checkpoint, args)
         model.load_state_dict(saved["unaveraged_model_state_dict"])
         averaged.load_state_dict(saved["model_state_dict"])
         projectors.load_state_dict(saved["projector"])
         optimizer.load_state_dict(saved["optimizer"])
         first_step, best = saved["step"], saved["best"]
-        if main_process:
-            print(f"continuing after step {first_step} of {total_steps}" if first_step < total_steps else "this run is complete", flush=True)
-    log = Log(out / "log.csv", first_step) if main_process else None
+    if main_process:
+        print(f"continuing {last_checkpoint} after step {first_step} of {total_steps}" if first_step else "starting", flush=True)
+        start_log(out / "log.csv", first_step)
     if args.device == "cuda" and not args.no_compile:  # `features` is where the work is; names of parameters stay clean
         model.features = torch.compile(model.features)
 
@@ -882,11 +879,11 @@ def train(args, data, teacher, run, out, total_steps):
             row["holdout_clean"], row["holdout_robust"] = evaluate(averaged, data.holdout, margin_loss, SELECTION_STEPS, args)
             if row["holdout_robust"] > best:
                 best = row["holdout_robust"]
-                save_atomically(checkpoint(args, model, averaged, projectors, optimizer, done, best), out / "best.pt")
-        if main_process and saving:
-            save_atomically(checkpoint(args, model, averaged, projectors, optimizer, done, best), out / "last.pt")
+                save_atomically(checkpoint(args, run, done, best), out / "best.pt")
         if main_process:
-            log.write(row, (total_steps - done) * seconds_per_step)
+            write_log(out / "log.csv", row, (total_steps - done) * seconds_per_step / 60)
+        if main_process and saving:
+            save_atomically(checkpoint(args, run, done, best), out / "last.pt")
         recent, since = [], time.time()
 
 
@@ -930,8 +927,12 @@ def main(argv=None):
     out = Path(args.out)
     if out.exists() and not out.is_dir():
         raise InputError(f"--out {out}: is a file, expected a folder")
+    if rank > 0:
+        dist.barrier()  # process 0 goes first: it may have to download
     teacher = load_teacher(args, device)
     data = Data(args, device, rank, world)
+    if world > 1 and rank == 0:
+        dist.barrier()
     total_steps = args.max_steps or args.epochs * data.steps_per_epoch
     run = build_run(args, device, teacher)
     if rank == 0:

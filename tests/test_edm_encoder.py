@@ -1,0 +1,234 @@
+"""edm_encoder.py: the same numbers as NVIDIA's code, and no code of a file is ever run."""
+import collections
+import json
+import os
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import edm_encoder
+from edm_encoder import Conv2d, EDMEncoder, load_edm_encoder
+from edm_pickles import dump, edm_file, randomise
+
+FIXTURES = Path(__file__).parent / "fixtures"
+TINY = FIXTURES / "edm_tiny_cond_vp.pkl"
+DDPMPP = {"img_resolution": 32, "model_channels": 8, "channel_mult": [1, 2], "num_blocks": 1, "attn_resolutions": [16]}
+NCSNPP = DDPMPP | {"embedding_type": "fourier", "encoder_type": "residual", "channel_mult_noise": 2, "resample_filter": [1, 3, 3, 1]}
+
+
+@pytest.fixture(scope="module")
+def reference():
+    with np.load(FIXTURES / "edm_tiny_cond_vp_reference.npz") as file:
+        return {name: torch.from_numpy(file[name]) for name in file.files}
+
+
+def inputs(reference, labelled):
+    return reference["image_uint8"] / 255, reference["label"] if labelled else None, reference["sigma"], reference["noise"]
+
+
+# ------------------------------------------------------------------------------------------------------------- numbers
+
+@pytest.mark.parametrize("labelled", ["labelled", "unlabelled"])
+@pytest.mark.parametrize("layer", ["enc.16x16_block0", "enc.8x8_block0", "dec.8x8_in0", "dec.8x8_in1"])
+def test_activations_are_nvidias(reference, labelled, layer):
+    encoder, expected = load_edm_encoder(TINY, layer), reference[f"{labelled}/{layer}"]
+    arguments = inputs(reference, labelled == "labelled")
+    activations = encoder.activations(*arguments)
+    assert (activations - expected).norm() < 1e-4 * expected.norm()
+    pooled = encoder(*arguments)
+    assert pooled.shape == (3, encoder.width) and pooled.dtype == torch.float32
+    torch.testing.assert_close(pooled, expected.mean(dim=(2, 3)), rtol=1e-4, atol=1e-5)
+
+
+def test_sigma_is_a_number_or_one_per_image(reference):
+    encoder, (images, labels, _, noise) = load_edm_encoder(TINY), inputs(reference, True)
+    torch.testing.assert_close(encoder(images, labels, 0.06, noise), encoder(images, labels, torch.full((3,), 0.06), noise), rtol=0, atol=0)
+    assert not torch.allclose(encoder(images, labels, 0.06, noise), encoder(images, labels, 0.6, noise))
+
+
+def test_noise_is_drawn_where_none_is_given(reference):
+    encoder, (images, labels, sigma, _) = load_edm_encoder(TINY), inputs(reference, True)
+    assert not torch.equal(encoder(images, labels, sigma), encoder(images, labels, sigma))
+
+
+def test_encoder_is_frozen_but_differentiable_in_the_images(reference):
+    encoder, (images, *rest) = load_edm_encoder(TINY), inputs(reference, True)
+    assert not encoder.training and not any(p.requires_grad for p in encoder.parameters())
+    images.requires_grad_()
+    encoder(images, *rest).sum().backward()
+    assert images.grad.abs().sum() > 0
+
+
+def test_full_size_network_has_the_files_names_and_shapes():
+    manifest = json.loads((FIXTURES / "edm_cifar10_cond_vp_manifest.json").read_text())
+    with torch.device("meta"):
+        encoder = EDMEncoder(img_resolution=32, label_dim=10, model_channels=128, channel_mult=[2, 2, 2], num_blocks=4, attn_resolutions=[16])
+    ours = {name: list(value.shape) for name, value in encoder.state_dict().items()}
+    assert ours.items() <= manifest.items()
+    not_ours = {name for name in manifest if name.startswith(("model.enc", "model.map"))} - set(ours)
+    assert not_ours == {"model.map_augment.weight"}, "augmentation labels are for training the diffusion model only"
+    assert encoder.width == 256
+
+
+@pytest.mark.parametrize("network", [DDPMPP, NCSNPP, DDPMPP | {"label_dim": 10}, NCSNPP | {"label_dim": 100}], ids=str)
+def test_both_network_types_survive_the_file_format(tmp_path, network):
+    written = randomise(EDMEncoder("dec.16x16_in1", **network))
+    dump(edm_file(written, network | {"dropout": 0.13, "augment_dim": 9}), tmp_path / "net.pkl")
+    read = load_edm_encoder(tmp_path / "net.pkl", "dec.16x16_in1")
+    images, noise, labels = torch.rand(2, 3, 32, 32), torch.randn(2, 3, 32, 32), torch.tensor([1, 9])
+    features = read(images, labels, 0.06, noise)
+    assert torch.equal(features, written(images, labels, 0.06, noise))
+    assert torch.equal(features, read(images, None, 0.06, noise)) == (read.label_dim == 0), "labels matter where the network knows them"
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_downsampling_is_one_strided_convolution_with_the_composed_kernel(fused):
+    """Low-pass filter and 3x3 convolution are linear: away from the zero-padded border they are one larger kernel."""
+    layer, x = Conv2d(3, 4, 3, down=True, resample_filter=(1, 3, 3, 1), fused=fused), torch.rand(1, 3, 16, 16)
+    low_pass = torch.outer(*2 * [torch.tensor([1.0, 3.0, 3.0, 1.0])])[None, None] / 64
+    # Fused: 3x3 on the fine grid. Otherwise on the coarse one, where neighbours are two pixels apart.
+    composed = F.conv_transpose2d(layer.weight.reshape(12, 1, 3, 3), low_pass, stride=1 if fused else 2)
+    expected = F.conv2d(x, composed.reshape(4, 3, *composed.shape[2:]), layer.bias, stride=2, padding=2 if fused else 3)
+    assert layer(x).shape == expected.shape == (1, 4, 8, 8)
+    torch.testing.assert_close(layer(x)[..., 2:-2, 2:-2], expected[..., 2:-2, 2:-2], rtol=1e-4, atol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------- bad arguments
+
+def test_wrong_image_size_labels_and_layer_are_named():
+    encoder = load_edm_encoder(TINY)
+    with pytest.raises(ValueError, match=r"images \[B, 3, 32, 32\], not \[2, 3, 64, 64\]"):
+        encoder(torch.rand(2, 3, 64, 64), None, 0.06)
+    for wrong in (10, -1):
+        with pytest.raises(ValueError, match="labels 0 to 9"):
+            encoder(torch.rand(2, 3, 32, 32), torch.tensor([0, wrong]), 0.06)
+    with pytest.raises(ValueError, match="no layer 'dec.9x9' in this network; it has enc.32x32_conv"):
+        load_edm_encoder(TINY, "dec.9x9")
+
+
+def damaged_files(folder):
+    whole = TINY.read_bytes()
+    yield "cut off", whole[:len(whole) // 2], "cut off"
+    yield "empty", b"", "cut off"
+    yield "a web page", b"\n<!DOCTYPE html><html>Not found</html>", "web page"
+    yield "no pickle", b"\x89PNG\r\n\x1a\n" + bytes(100), "refused"
+    yield "no dict", pickle.dumps([1, 2, 3]), "not an EDM network"
+    yield "no ema", pickle.dumps({"model": 1}), "not an EDM network"
+    for model, precond, message in (("DhariwalUNet", "EDMPrecond", "DhariwalUNet"), ("SongUNet", "VPPrecond", "VPPrecond")):
+        dump(edm_file(EDMEncoder("dec.16x16_in1", **DDPMPP), DDPMPP, model, precond), folder / "other.pkl")
+        yield "another model", (folder / "other.pkl").read_bytes(), message
+    dump(edm_file(EDMEncoder("enc.32x32_block0", **DDPMPP), DDPMPP), folder / "other.pkl")
+    yield "tensors missing", (folder / "other.pkl").read_bytes(), "missing or of another shape"
+    dump(edm_file(EDMEncoder("dec.16x16_in1", **DDPMPP), DDPMPP | {"model_channels": 16}), folder / "other.pkl")
+    yield "other shapes", (folder / "other.pkl").read_bytes(), "missing or of another shape"
+    dump(edm_file(EDMEncoder("dec.16x16_in1", **DDPMPP), DDPMPP | {"colour": "red"}), folder / "other.pkl")
+    yield "unknown argument", (folder / "other.pkl").read_bytes(), "colour"
+
+
+def test_damaged_files_give_one_clear_line(tmp_path):
+    for kind, content, message in damaged_files(tmp_path):
+        path = tmp_path / "teacher.pkl"
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=message) as caught:
+            load_edm_encoder(path, "dec.16x16_in1")
+        assert "teacher.pkl" in str(caught.value) and "\n" not in str(caught.value), kind
+
+
+# ---------------------------------------------------------------------------------------------------------- hostile files
+
+class Call:
+    """Pickles as a call of any function."""
+
+    def __init__(self, function, *arguments, state=None):
+        self.function, self.arguments, self.state = function, arguments, state
+
+    def __reduce__(self):
+        return (self.function, self.arguments) if self.state is None else (self.function, self.arguments, self.state)
+
+
+def hostile_pickles(marker):
+    """name -> pickle bytes, each of which would create `marker` if loaded with pickle.load (or reach for something that could)."""
+    touch = f"touch {marker}"
+    inner = pickle.dumps(Call(os.system, touch))
+    plain = {
+        "os.system": Call(os.system, touch),
+        "eval": Call(eval, f"open({str(marker)!r}, 'w')"),
+        "exec": Call(exec, f"open({str(marker)!r}, 'w')"),
+        "open": Call(open, str(marker), "w"),
+        "getattr": Call(getattr, "x", "upper"),
+        "subprocess": Call(__import__("subprocess").getoutput, touch),
+        "pickle in pickle": Call(pickle.loads, inner),
+        "import": Call(__import__, "os"),
+        "numpy.load": Call(np.load, str(marker), None, True),
+        "torch.load": Call(torch.load, str(marker)),
+        "functools.partial": Call(__import__("functools").partial, os.system, touch),
+        "storage": Call(torch.storage._load_from_bytes, inner),
+        "inside a normal dict": {"ema": {"deep": [1, {"down": Call(os.system, touch)}]}},
+        "ordered dict with state": Call(collections.OrderedDict, (), state={"x": Call(os.system, touch)}),
+    }
+    files = {name: pickle.dumps(value) for name, value in plain.items()}
+    files["dotted name"] = b"\x80\x04\x8c\x05torch\x8c\x14storage.os.system.x\x93."
+    files["whitelisted module, other name"] = b"ctorch._utils\n_import_dotted_name\n(S'os.system'\ntR."
+    files["numpy object scalar"] = b"cnumpy.core.multiarray\nscalar\n(cnumpy\ndtype\n(S'O8'\ntRS'x'\ntR."
+    files["persistent id"] = b"\x80\x02Pos.system\n."
+    files["extension registry"] = b"\x80\x02\x82\x01."
+    files["hostile then valid"] = files["os.system"][:-1] + TINY.read_bytes()[2:]
+    return files
+
+
+def test_hostile_pickles_are_refused_and_never_run(tmp_path):
+    marker, path = tmp_path / "was_run", tmp_path / "hostile.pkl"
+    files = hostile_pickles(marker)
+    assert len(files) >= 20
+    for name, content in files.items():
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="hostile.pkl: ") as caught:
+            load_edm_encoder(path)
+        assert "\n" not in str(caught.value) and not marker.exists(), name
+    # The test can fail: Python's own loader does run them.
+    path.write_bytes(files["open"])
+    with open(path, "rb") as file:
+        pickle.load(file)
+    assert marker.exists()
+
+
+def test_a_refusal_says_what_the_file_asked_for(tmp_path):
+    path = tmp_path / "hostile.pkl"
+    path.write_bytes(pickle.dumps(Call(os.system, "true")))
+    with pytest.raises(ValueError, match=r"asks for (posix|nt)\.system"):
+        load_edm_encoder(path)
+
+
+def test_embedded_source_is_never_run(monkeypatch):
+    """The fixture's embedded source raises where it runs; loading it succeeds, with exec, eval and compile out of reach."""
+    assert b"raise RuntimeError" in TINY.read_bytes()
+    for name in ("exec", "eval", "compile"):
+        monkeypatch.setattr(edm_encoder, name, None, raising=False)
+    load_edm_encoder(TINY)
+
+
+def test_url_is_downloaded_once(tmp_path, monkeypatch):
+    downloads = []
+
+    def download(url, destination, **_):
+        downloads.append(url)
+        Path(destination).write_bytes(TINY.read_bytes())
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    for _ in range(2):
+        assert load_edm_encoder("https://example.org/models/tiny.pkl").width == 16
+    assert downloads == ["https://example.org/models/tiny.pkl"]
+
+
+def test_as_a_script_it_says_what_a_file_holds(capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["edm_encoder.py", str(TINY)])
+    edm_encoder.main()
+    assert "class-conditional, 10 classes" in capsys.readouterr().out
+    monkeypatch.setattr("sys.argv", ["edm_encoder.py", str(TINY) + ".missing"])
+    with pytest.raises(SystemExit) as caught:
+        edm_encoder.main()
+    assert caught.value.code == 2 and "edm_tiny_cond_vp.pkl.missing" in capsys.readouterr().err

@@ -1,0 +1,257 @@
+"""What the attack, the losses, the teacher, the averaging and the optimizers promise."""
+import copy
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+import train_cifar
+from edm_encoder import EDMEncoder
+from train_cifar import (Lion, averaging_decay, build_model, build_optimizer, build_projector, crop_and_flip, dra_loss, kl_divergence,
+                         learning_rate, margin_loss, pgd, set_batchnorm_momentum, trades_attack, trades_loss, train_step, update_average)
+
+EPS, STEP_SIZE = 8 / 255, 2 / 255
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return build_model("wrn-10-1", 10)
+
+
+@pytest.fixture
+def images():
+    return torch.rand(8, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+def start_near(images):
+    return (images + EPS * (2 * torch.rand(images.shape, generator=torch.Generator().manual_seed(2)) - 1)).clamp(0, 1)
+
+
+# ------------------------------------------------------------------------------------------------------------- attack
+
+def test_attack_stays_within_eps_and_the_pixel_range_and_raises_the_divergence(model, images):
+    start = start_near(images)
+    adv = trades_attack(model, images, start, EPS, STEP_SIZE, 10)
+    assert (adv - images).abs().max() <= EPS + 1e-6
+    assert adv.min() >= 0 and adv.max() <= 1 and not adv.requires_grad
+    divergence = [kl_divergence(model(images), model(x), "sum").item() for x in (start, adv)]
+    assert divergence[1] > 10 * divergence[0]
+
+
+def test_attack_uses_batch_statistics_and_leaves_no_trace(model, images):
+    set_batchnorm_momentum(model, 1.0)
+    before, start = copy.deepcopy(model.state_dict()), start_near(images)
+    adv = trades_attack(model, images, start, EPS, STEP_SIZE, 2)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(p.requires_grad and p.grad is None for p in model.parameters()) and model.batchnorm.track_running_stats
+    assert not torch.equal(adv, trades_attack(model.eval(), images, start, EPS, STEP_SIZE, 2)), "running statistics give another attack"
+
+
+def test_attack_needs_no_weight_gradients(model, images):
+    """Seen from inside the attack, every weight is frozen, so that neither autograd nor a compiled graph computes its gradient."""
+    seen = []
+    model.logits.register_forward_hook(lambda module, *_: seen.append(any(p.requires_grad for p in model.parameters())))
+    trades_attack(model, images, images, EPS, STEP_SIZE, 2)
+    assert seen == [False] * 3, "one clean forward and one for each step"
+
+
+def test_an_attack_that_breaks_still_restores_the_model(model, images):
+    with pytest.raises(RuntimeError):
+        trades_attack(model, images, images[:, :2], EPS, STEP_SIZE, 1)
+    assert model.batchnorm.track_running_stats and all(p.requires_grad for p in model.parameters())
+
+
+def test_pgd_follows_the_sign_of_the_gradient_to_the_corner_of_the_ball():
+    images = torch.tensor([[[[0.5, 0.99, 0.01]]]])
+    direction = torch.tensor([[[[1.0, 2.0, -3.0]]]])
+    adv = pgd(lambda x: (x * direction).sum(), images, images, 0.1, 0.03, 5)
+    torch.testing.assert_close(adv, torch.tensor([[[[0.6, 1.0, 0.0]]]]))
+
+
+# ------------------------------------------------------------------------------------------------------------- losses
+
+def test_trades_without_perturbation_is_cross_entropy(model, images):
+    logits, labels = model(images), torch.arange(8)
+    expected = nn.functional.cross_entropy(logits, labels, label_smoothing=0.1)
+    torch.testing.assert_close(trades_loss(logits, logits, labels, beta=5, label_smoothing=0.1), expected)
+
+
+def test_trades_divergence_is_kl_from_clean_to_adversarial():
+    clean, adv, labels = torch.randn(4, 10).double(), torch.randn(4, 10).double(), torch.arange(4)
+    p, q = clean.softmax(1), adv.softmax(1)
+    kl = (p * (p / q).log()).sum(1).mean()
+    expected = nn.functional.cross_entropy(clean, labels) + 6 * kl
+    torch.testing.assert_close(trades_loss(clean, adv, labels, 6, 0.0).double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_trades_gradient_is_finite_where_a_probability_underflows():
+    clean = torch.tensor([[200.0, -200.0]], requires_grad=True)
+    adv = torch.tensor([[-200.0, 200.0]], requires_grad=True)
+    trades_loss(clean, adv, torch.tensor([0]), 5, 0.0).backward()
+    assert clean.grad.isfinite().all() and adv.grad.isfinite().all()
+    naive = torch.tensor([[200.0, -200.0]], requires_grad=True)
+    nn.functional.kl_div(adv.detach().log_softmax(1), naive.softmax(1), reduction="batchmean").backward()
+    assert naive.grad.isnan().any(), "the plain form is what this guards against"
+
+
+def test_losses_are_float32_whatever_comes_in():
+    half = torch.randn(4, 10, dtype=torch.bfloat16)
+    assert trades_loss(half, half + 1, torch.arange(4), 5, 0.1).dtype == dra_loss(half, half).dtype == torch.float32
+
+
+def test_alignment_is_minus_one_where_directions_agree_and_ignores_length():
+    features = torch.randn(6, 32)
+    torch.testing.assert_close(dra_loss(features, 7 * features), torch.tensor(-1.0))
+    torch.testing.assert_close(dra_loss(features, -features), torch.tensor(1.0))
+    torch.testing.assert_close(dra_loss(torch.eye(4), torch.eye(4).roll(1, 0)), torch.tensor(0.0))
+
+
+def test_margin_is_positive_exactly_where_misclassified():
+    logits = torch.tensor([[3.0, 1.0, 0.0], [3.0, 1.0, 0.0]])
+    assert margin_loss(logits[:1], torch.tensor([0])) == -2 and margin_loss(logits[1:], torch.tensor([1])) == 2
+
+
+# ------------------------------------------------------------------------------------------------------ the whole step
+
+def test_step_with_alignment_trains_model_and_projectors_but_not_the_teacher(model, images):
+    teacher = EDMEncoder("dec.16x16_in1", img_resolution=32, label_dim=10, model_channels=8, channel_mult=[1, 2], num_blocks=1)
+    projectors = nn.ModuleList(build_projector(64, teacher.width) for _ in range(2))
+    averaged = copy.deepcopy(model).requires_grad_(False)
+    args = train_cifar.parse_args(["--extra-sigma", "--device", "cpu", "--attack-steps", "2"])
+    optimizer = build_optimizer(args, model, projectors)
+    noise = [(0.06, torch.randn(images.shape)), (torch.rand(8) + 0.1, torch.randn(images.shape))]
+    batch = SimpleNamespace(images=images, labels=torch.arange(8), start=start_near(images), teacher_noise=noise)
+    before = [copy.deepcopy(module.state_dict()) for module in (model, projectors, teacher)]
+    numbers = [train_step(model, averaged, projectors, teacher, optimizer, batch, 0.5, args) for _ in range(8)]
+
+    changed = [any(not torch.equal(value, old[name]) for name, value in module.state_dict().items()) for module, old in zip((model, projectors, teacher), before)]
+    assert changed == [True, True, False]
+    assert all(p.grad is None for p in teacher.parameters()) and all(p.grad is not None for p in projectors.parameters())
+    first, last = numbers[0], numbers[-1]
+    torch.testing.assert_close(first["loss"], first["trades"] - args.dra_weight * first["cosine"], msg="eq. (4): L_DRA is minus the cosine")
+    assert last["cosine"] > first["cosine"]
+
+
+def test_teacher_can_be_kept_from_the_labels(model, images):
+    seen = []
+
+    def teacher(images, labels, sigma, noise):
+        seen.append(labels)
+        return torch.ones(len(images), 4)
+    for flags in ([], ["--teacher-unconditional"]):
+        args = train_cifar.parse_args(["--device", "cpu", "--attack-steps", "1", *flags])
+        projectors = nn.ModuleList([build_projector(64, 4)])
+        batch = SimpleNamespace(images=images, labels=torch.arange(8), start=images, teacher_noise=[(0.06, images)])
+        train_step(model, copy.deepcopy(model).requires_grad_(False), projectors, teacher, build_optimizer(args, model, projectors), batch, 0.0, args)
+    assert torch.equal(seen[0], torch.arange(8)) and seen[1] is None
+
+
+def test_compiled_features_take_the_same_step(model, images):
+    """As on a GPU, but through a backend that needs no C++ compiler: same graph capture, eager kernels."""
+    compiled = copy.deepcopy(model)
+    compiled.features = torch.compile(compiled.features, backend="aot_eager")
+    gradients, start = [], start_near(images)
+    for network in (model, compiled):
+        adv = trades_attack(network, images, start, EPS, STEP_SIZE, 2)
+        trades_loss(network(images), network(adv), torch.arange(8), 5, 0.1).backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in network.parameters()]))
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
+    assert compiled.state_dict().keys() == model.state_dict().keys()
+    torch.testing.assert_close(compiled.state_dict(), model.state_dict())
+
+
+# -------------------------------------------------------------------------------------- averaging, schedule, optimizers
+
+def test_average_shares_no_storage_with_the_live_model(model):
+    averaged = copy.deepcopy(model).requires_grad_(False)
+    for _ in range(2):
+        update_average(averaged, model, 0.9)
+        storages = [{t.untyped_storage().data_ptr() for t in [*m.parameters(), *m.buffers()]} for m in (averaged, model)]
+        assert not storages[0] & storages[1]
+    model.batchnorm.running_mean.add_(1)
+    assert averaged.batchnorm.running_mean.abs().max() == 0
+    update_average(averaged, model, 0.9)
+    assert torch.equal(averaged.batchnorm.running_mean, model.batchnorm.running_mean), "running statistics are copied, not averaged"
+
+
+def test_averaging_follows_the_model_through_the_warm_up_and_then_slows_down():
+    assert [averaging_decay(step, 3, 0.995) for step in range(2)] == [0, 0]
+    assert [averaging_decay(step, 3, 0.995) for step in range(2, 5)] == [1 / 10, 2 / 11, 3 / 12]
+    assert averaging_decay(100_000, 3, 0.995) == 0.995
+
+
+def test_learning_rate_rises_to_its_peak_and_falls_to_nothing():
+    rates = [learning_rate(step, 1000, 0.2) for step in range(1000)]
+    assert rates[0] == 0.2 / 25 and rates[24] == rates[25] == max(rates) == 0.2 and 0 < rates[-1] < 1e-5
+    assert all(a >= b for a, b in zip(rates[25:], rates[26:])) and math.isclose(rates[25 + 975 // 2], 0.1, rel_tol=0.01)
+    assert learning_rate(0, 1, 0.2) == 0.2
+
+
+def test_normalisation_layers_have_no_weight_decay(model):
+    decayed, undecayed = build_optimizer(train_cifar.parse_args(["--device", "cpu"]), model).param_groups
+    assert decayed["weight_decay"] == 5e-4 and undecayed["weight_decay"] == 0
+    norms = {p for m in model.modules() if isinstance(m, nn.BatchNorm2d) for p in m.parameters()}
+    assert set(undecayed["params"]) == norms and set(decayed["params"]) == set(model.parameters()) - norms
+
+
+def test_lion_moves_by_the_sign_with_decoupled_decay():
+    p = nn.Parameter(torch.tensor([1.0, -2.0, 3.0]))
+    optimizer = Lion([p], lr=0.1, weight_decay=0.5)
+    p.grad = torch.tensor([0.001, -50.0, 0.0])
+    optimizer.step()
+    torch.testing.assert_close(p.data, torch.tensor([1.0, -2.0, 3.0]) * 0.95 - 0.1 * torch.tensor([1.0, -1.0, 0.0]))
+    torch.testing.assert_close(optimizer.state[p]["momentum"], 0.01 * p.grad)
+    # The update interpolates with 0.9, the momentum with 0.99: a small opposite gradient does not turn the sign yet.
+    p.grad, before = torch.tensor([-0.00005, 0.0, 0.0]), p.data.clone()
+    optimizer.step()
+    assert p[0] < before[0] * 0.95 and p[1] > before[1] * 0.95
+
+
+# ------------------------------------------------------------------------------------------------------ models and data
+
+def test_models_take_unit_range_images_and_agree_with_their_parts(model, images):
+    for network in (model.eval(), build_model("vit-b-2", 100, "cifar100").eval()):
+        features = network.features(images[:2])
+        assert features.dtype == torch.float32 and torch.equal(network.head(features), network(images[:2]))
+        assert not {"mean", "std"} & set(network.state_dict()), "the state dict has DM-AT's and RobustBench's keys, no more"
+        assert not any("module." in name or "model." in name for name in network.state_dict())
+    assert features.shape == (2, 768) and network(images[:2]).shape == (2, 100)
+
+
+def test_vit_b_2_is_torchvisions():
+    """The same network as torchvision's own forward gives, with the normalisation in front."""
+    torch.manual_seed(0)
+    network, images = build_model("vit-b-2", 10).eval(), torch.rand(1, 3, 32, 32)
+    nn.init.normal_(network.heads.head.weight)
+    with torch.no_grad():
+        normalised = (images - network.mean) / network.std
+        torch.testing.assert_close(network(images), super(train_cifar.Classifier, network).forward(normalised))
+    assert sum(p.numel() for p in network.parameters()) == 85_271_818
+
+
+def test_bfloat16_stays_inside_the_backbone(model, images):
+    with torch.no_grad():
+        exact = model(images)
+        model.amp = True
+        rough = model(images)
+    assert rough.dtype == torch.float32 and not torch.equal(rough, exact)
+    torch.testing.assert_close(rough, exact, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("arch", ["wrn-28", "wrn-29-10", "wrn-4-1", "resnet18", "wrn-10-0", ""])
+def test_unknown_arch_is_named(arch):
+    with pytest.raises(train_cifar.InputError, match="--arch"):
+        build_model(arch, 10)
+
+
+def test_crop_and_flip_move_pixels_and_invent_none():
+    images = torch.arange(2 * 3 * 32 * 32, dtype=torch.float32).reshape(2, 3, 32, 32) + 1
+    centre = torch.full((2, 2), 4)
+    assert torch.equal(crop_and_flip(images, centre, torch.tensor([False, False])), images)
+    assert torch.equal(crop_and_flip(images, centre, torch.tensor([False, True]))[1], images[1].flip(-1))
+    moved = crop_and_flip(images, torch.tensor([[0, 8], [4, 4]]), torch.tensor([False, False]))  # up and down by four rows
+    assert torch.equal(moved[0, :, 4:], images[0, :, :-4]) and moved[0, :, :4].eq(0).all()
+    assert torch.equal(moved[1, :, :-4], images[1, :, 4:]) and moved[1, :, -4:].eq(0).all()
