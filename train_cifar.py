@@ -84,7 +84,10 @@ class InputError(ValueError):
 
 def fraction(text):
     """A pixel distance on the [0, 1] scale as a float: "8/255" and "0.031" both work."""
-    return float(Fraction(text))
+    try:
+        return float(Fraction(text))
+    except (ValueError, ZeroDivisionError, OverflowError):
+        raise argparse.ArgumentTypeError(f"{text}: expected a number such as 8/255") from None
 
 
 def parse_args(argv=None):
@@ -562,7 +565,7 @@ def open_npz(path, classes):
 def load_real(args, split):
     """The real images of "train" or "test": --data-dir's npz files, or torchvision's CIFAR, or the smoke run's drawings."""
     if args.smoke:
-        return Images(*draw_smoke_images(1088 if split == "train" else 256, seed=args.seed + (split == "test")))
+        return Images(*draw_smoke_images(1088 if split == "train" else 128, seed=args.seed + (split == "test")))
     folder = Path(args.data_dir)
     if (folder / "train.npz").exists() or (folder / "test.npz").exists():
         return open_npz(folder / f"{split}.npz", DATASETS[args.dataset].classes)
@@ -652,7 +655,7 @@ class Data:
         teacher_noise: [(sigma, noise)] for the teacher, one or two.
         """
         args, device, size, mine = self.args, self.device, self.args.batch_size, slice(self.rank, None, self.world)
-        images, labels = self.fetch(self.draw_indices(step)[mine])
+        images, labels = self.fetch(self.draw_indices(step)[mine].contiguous())
         images = images.permute(0, 3, 1, 2)  # [B, 3, 32, 32] in 0 ... 255
 
         random = generator(args.seed, step, "batch", device)  # one stream, read in this order and for the whole batch
@@ -748,7 +751,8 @@ def load_checkpoint(path, args):
         difference = [f"--{name.replace('_', '-')} {saved['args'].get(name)} there, {value} now" for name, value in vars(args).items()
                       if name not in MAY_DIFFER and saved["args"].get(name) != value]
     except Exception as error:
-        raise InputError(f"{path}: damaged or no checkpoint of this script ({type(error).__name__}: {str(error).splitlines()[0]}); "
+        reason = (str(error).splitlines() or [""])[0]
+        raise InputError(f"{path}: damaged or no checkpoint of this script ({type(error).__name__} {reason}); "
                          "move it away to continue from best.pt, or to start anew where there is none") from None
     if difference:
         raise InputError(f"{path}: belongs to a run with other settings ({'; '.join(difference)}); choose another --out")
@@ -851,6 +855,8 @@ def train(args, data, teacher, run, out, total_steps):
         projectors.load_state_dict(saved["projector"])
         optimizer.load_state_dict(saved["optimizer"])
         first_step, best = saved["step"], saved["best"]
+        if main_process and last_checkpoint.name == "best.pt":  # there may be no step left that would write last.pt
+            save_atomically(checkpoint(args, run, first_step, best), out / "last.pt")
     if main_process:
         print(f"continuing {last_checkpoint} after step {first_step} of {total_steps}" if first_step else "starting", flush=True)
         start_log(out / "log.csv", first_step)
