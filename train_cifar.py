@@ -816,7 +816,7 @@ def print_plan(args, data, model, projectors, teacher, total_steps):
     print(f"data       {args.dataset}: {data.n_real_images:,} real images to train on, {len(data.holdout):,} held out, {len(data.test):,} for tests; {memory:.0f} MiB on {data.device}")
     if args.synthetic:
         where = f"in memory of {data.device}" if data.resident else "left on disk, memory-mapped"
-        print(f"           {data.n_synthetic_images:,} synthetic images in {len(args.synthetic)} files, {data.synthetic_bytes / 2**30:.1f} GiB, {where}")
+        print(f"           {data.n_synthetic_images:,} synthetic images in {len(args.synthetic)} file(s), {data.synthetic_bytes / 2**30:.1f} GiB, {where}")
     print(f"batch      {args.batch_size} = {data.n_real} real + {args.batch_size - data.n_real} synthetic" + (f", over {data.world} processes" if data.world > 1 else ""))
     print(f"steps      {total_steps:,} = {total_steps / data.steps_per_epoch:g} epochs of {data.steps_per_epoch:,} steps ({data.steps_per_epoch * args.batch_size:,} images)")
     print(f"attack     TRADES, beta {args.beta:g}, eps {args.eps * 255:g}/255, {args.attack_steps} steps of {args.step_size * 255:g}/255")
