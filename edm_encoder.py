@@ -14,14 +14,13 @@ strings, and refuses a file that asks for anything else. The network below is ou
 NVIDIA's weights are under CC BY-NC-SA 4.0 (no commercial use), and models that are trained with them may be affected.
 """
 import argparse
-import collections
+import hashlib
+import http.client
 import io
 import pickle
-import re
 import sys
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -31,9 +30,9 @@ from torch import nn
 
 
 class Conv2d(nn.Module):
-    """Convolution after EDM's low-pass downsampling by 2 (`down`), both with zero padding that keeps the grid aligned.
+    """Convolution with zero padding; with `down`, after low-pass filtering and downsampling by 2.
 
-    fused: convolve first and then downsample, as in NCSN++'s input pyramid. resample_filter is a 1-D low-pass filter,
+    fused: convolve first and then filter and downsample, as in NCSN++'s input pyramid. resample_filter is a 1-D low-pass filter,
     [1, 1] in DDPM++ and [1, 3, 3, 1] in NCSN++; its outer product, normalised to sum 1, runs over each channel alone.
     """
 
@@ -102,14 +101,6 @@ def group_norm(channels):
     return nn.GroupNorm(min(32, channels // 4), channels, eps=1e-6)
 
 
-class FourierFrequencies(nn.Module):
-    """NCSN++'s random frequencies, a buffer of the file: `map_noise.freqs` [width / 2], already scaled by 16."""
-
-    def __init__(self, width):
-        super().__init__()
-        self.register_buffer("freqs", 16 * torch.randn(width // 2))
-
-
 class SongUNetEncoder(nn.Module):
     """The first half of EDM's SongUNet, as far as `layer`. Arguments as in NVIDIA's constructor; those that only concern
     training or the second half (dropout, label_dropout, augment_dim, decoder_type, out_channels) are left out."""
@@ -118,10 +109,14 @@ class SongUNetEncoder(nn.Module):
                  channel_mult_emb=4, num_blocks=4, attn_resolutions=(16,), embedding_type="positional",
                  channel_mult_noise=1, encoder_type="standard", resample_filter=(1, 1)):
         super().__init__()
+        known = embedding_type in ("positional", "fourier") and encoder_type in ("standard", "residual")
+        if not known or not 1 <= len(channel_mult) <= 8 or not 1 <= num_blocks <= 32:
+            raise ValueError(f"no DDPM++ or NCSN++ network: {embedding_type=}, {encoder_type=}, {channel_mult=}, {num_blocks=}")
         noise_channels, emb_channels = model_channels * channel_mult_noise, model_channels * channel_mult_emb
         self.layer, self.label_dim, self.noise_channels = layer, label_dim, noise_channels
         if embedding_type == "fourier":
-            self.map_noise = FourierFrequencies(noise_channels)
+            self.map_noise = nn.Module()  # NCSN++'s random frequencies, a buffer of the file, already scaled by 16
+            self.map_noise.register_buffer("freqs", 16 * torch.randn(noise_channels // 2))
         if label_dim:
             self.map_label = nn.Linear(label_dim, noise_channels)
         self.map_layer0 = nn.Linear(noise_channels, emb_channels)
@@ -187,8 +182,8 @@ class SongUNetEncoder(nn.Module):
 class EDMEncoder(nn.Module):
     """EDM's preconditioning around the network: `encoder(images, labels, sigma, noise)` gives pooled features [B, width].
 
-    Frozen: no parameter requires a gradient, and there is nothing random or mode-dependent inside. A gradient with
-    respect to the images flows where the caller asks for one. Attributes: img_resolution, label_dim (0: unconditional),
+    Frozen: no parameter requires a gradient, and nothing inside depends on the mode. A gradient with respect to the images
+    flows where the caller asks for one. Attributes: img_resolution, label_dim (0: unconditional),
     layer, width (channels at that layer).
     """
 
@@ -213,7 +208,9 @@ class EDMEncoder(nn.Module):
             if labels.device.type == "cpu" and not 0 <= int(labels.min()) <= int(labels.max()) < self.label_dim:
                 raise ValueError(f"the teacher knows labels 0 to {self.label_dim - 1}, not {int(labels.min())} to {int(labels.max())}")
             class_labels = class_labels.scatter(1, labels[:, None], 1.0)
-        sigma = torch.as_tensor(sigma, dtype=torch.float32, device=images.device).expand(batch)  # [B]
+        if not isinstance(sigma, torch.Tensor):
+            sigma = torch.full((batch,), sigma, device=images.device)
+        sigma = sigma.float().expand(batch)  # [B]
         noise = torch.randn_like(images) if noise is None else noise
 
         noisy = (2 * images - 1) + sigma[:, None, None, None] * noise  # x_t: the clean image in [-1, 1] plus noise
@@ -232,115 +229,108 @@ class EDMEncoder(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The file format. A pickle is a program: it names functions and calls them. Everything that an EDM file names is replaced
-# by one of the inert stand-ins below, which only keep data; any other name ends the reading.
+# The file format. A pickle is a program: it names functions and classes, calls them and changes what they return. So every
+# name that an EDM file uses is answered with a fresh, inert record of how it was called, and any other name ends the
+# reading. Only afterwards the records that we need are turned into tensors, by our code.
 
 
-class _Record:
-    """Stands in for a class whose objects are only looked at: attributes, no behaviour."""
+class _Inert:
+    """Answers a call: keeps its arguments, and the attributes of an object that are set afterwards. No behaviour."""
 
-
-class _PersistentObject(_Record):
-    """An object of a class with embedded source: what remains are its class's name and its state, the source is dropped."""
-
-    def __init__(self, meta):
-        self.class_name, self.state = meta["class_name"], meta["state"]
-
-
-class _Dtype(_Record):
-    """A number type such as '<f8'. numpy.dtype itself is not used: setting its state from a file is not memory-safe."""
-
-    def __init__(self, code, *_):
-        if not re.fullmatch(r"[<>|=]?(f[248]|[iu][1248]|b1)", code):
-            raise pickle.UnpicklingError(f"asks for the number type {code!r}")
-        self.code, self.order = code.lstrip("<>|="), "="
+    def __init__(self, *args):
+        self.args = args
 
     def __setstate__(self, state):
-        self.order = state[1] if state[1] in ("<", ">") else "="
+        vars(self).update(state if isinstance(state, dict) else {})  # numpy.dtype's is a tuple, and not needed
 
 
-def _scalar(dtype, data):
-    return np.frombuffer(data, np.dtype(dtype.order + dtype.code))[0].item()
-
-
-def _storage(data):
-    # torch's own restricted reader; what it returns becomes a 1-D tensor over the same memory.
-    storage = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    return torch.empty(0, dtype=storage.dtype).set_(storage)
-
-
-def _tensor(storage, offset, size, stride, *_):
-    return torch.as_strided(storage, size, stride, offset)  # raises where it would reach beyond the storage
-
-
-_STAND_INS = {
-    ("collections", "OrderedDict"): collections.OrderedDict,
-    ("dnnlib.util", "EasyDict"): type("EasyDict", (dict,), {}),
-    ("torch_utils.persistence", "_reconstruct_persistent_obj"): _PersistentObject,
-    ("torch.nn.modules.container", "ModuleDict"): _Record,
-    ("torch._utils", "_rebuild_parameter"): lambda data, *_: data,
-    ("torch._utils", "_rebuild_tensor_v2"): _tensor,
-    ("torch.storage", "_load_from_bytes"): _storage,
-    ("numpy", "dtype"): _Dtype,
-    ("numpy.core.multiarray", "scalar"): _scalar,
-    ("numpy._core.multiarray", "scalar"): _scalar,
+_NAMES = {  # (module, name): what its calls return
+    ("collections", "OrderedDict"): dict,
+    ("dnnlib.util", "EasyDict"): dict,
+    ("torch_utils.persistence", "_reconstruct_persistent_obj"): _Inert,  # (meta): class name, source, state
+    ("torch.nn.modules.container", "ModuleDict"): _Inert,
+    ("torch._utils", "_rebuild_parameter"): _Inert,  # (tensor, requires_grad, hooks)
+    ("torch._utils", "_rebuild_tensor_v2"): _Inert,  # (storage, offset, size, stride, requires_grad, hooks)
+    ("torch.storage", "_load_from_bytes"): _Inert,  # (bytes)
+    ("numpy", "dtype"): _Inert,  # (code, ...)
+    ("numpy.core.multiarray", "scalar"): _Inert,  # (dtype, bytes)
+    ("numpy._core.multiarray", "scalar"): _Inert,
 }
 
 
 class _InertUnpickler(pickle.Unpickler):
     def find_class(self, module, name):
-        if (module, name) not in _STAND_INS:
+        if (module, name) not in _NAMES:
             raise pickle.UnpicklingError(f"asks for {module}.{name}")
-        return _STAND_INS[module, name]
+        # A new class for each name: a pickle can set attributes of whatever it holds, but nothing of ours is within its reach.
+        return type(name, (_NAMES[module, name],), {})
 
 
-# NVIDIA's parameter order, for files whose constructor was called with positional arguments.
-_NETWORK_ARGS = ("img_resolution", "in_channels", "out_channels", "label_dim", "augment_dim", "model_channels", "channel_mult",
-                 "channel_mult_emb", "num_blocks", "attn_resolutions", "dropout", "label_dropout", "embedding_type",
-                 "channel_mult_noise", "encoder_type", "decoder_type", "resample_filter")
-_UNUSED_ARGS = ("out_channels", "augment_dim", "dropout", "label_dropout", "decoder_type")
+def _state(module):
+    """The attributes of an unpickled module, of a class with embedded source or not."""
+    return vars(module) if "_modules" in vars(module) else module.args[0]["state"]
+
+
+def _class_name(module):
+    return str(module.args[0]["class_name"])
+
+
+def _tensor(record):
+    """Record of a tensor or parameter -> float32 tensor. torch's own restricted reader takes the bytes of its storage."""
+    if type(record).__name__ == "_rebuild_parameter":
+        record = record.args[0]
+    storage, offset, size, stride = record.args[:4]
+    loaded = torch.load(io.BytesIO(storage.args[0]), map_location="cpu", weights_only=True)
+    flat = torch.empty(0, dtype=loaded.dtype).set_(loaded)
+    return torch.as_strided(flat, size, stride, offset).float().clone()  # raises where it would reach beyond the storage
+
+
+def _find_tensor(precond, name):
+    """The tensor of that state_dict name ("model.enc.32x32_conv.weight"), or None where there is none."""
+    *path, last = name.split(".")
+    state = _state(precond)
+    for part in path:
+        if part not in state["_modules"]:
+            return None
+        state = _state(state["_modules"][part])
+    record = state["_parameters"].get(last, state["_buffers"].get(last))
+    return None if record is None else _tensor(record)
 
 
 def read_edm_pickle(path):
-    """Read an EDM .pkl without running anything in it.
+    """Read an EDM .pkl without running anything in it: (network arguments, sigma_data, EDMPrecond as an inert record).
 
-    Returns (network arguments, sigma_data, {parameter name: tensor}), the names with NVIDIA's leading "model.".
-    Raises ValueError, one line that names the file, where it is no such pickle, is damaged, or asks for more than data.
+    Raises ValueError, one line, where the file is no such pickle, is damaged, or asks for more than tensors and plain data.
     """
     with open(path, "rb") as file:
         if file.read(64).lstrip()[:1] == b"<":
-            raise ValueError(f"{path}: this is a web page (HTML), not a .pkl; download the file itself")
+            raise ValueError("this is a web page (HTML), not a .pkl; download the file itself")
         file.seek(0)
         try:
             content = _InertUnpickler(file).load()
-        except Exception as error:  # a damaged or hostile pickle can fail in any way; none of them ran anything
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise ValueError(f"{path}: cut off, damaged or refused ({reason}); an EDM .pkl holds tensors and plain data only") from None
+        except Exception as error:  # a damaged or hostile pickle can fail in any way
+            raise ValueError(f"cut off, damaged or refused ({_one_line(error)}); an EDM .pkl holds tensors and plain data only") from None
     try:
         precond = content["ema"]
-        if precond.class_name != "EDMPrecond":
-            raise ValueError(f"{path}: holds a {precond.class_name}, expected an EDMPrecond (NVIDIA's edm-*.pkl)")
-        network = precond.state["_modules"]["model"]
-        if network.class_name != "SongUNet":
-            raise ValueError(f"{path}: holds a {network.class_name} network, expected a SongUNet (edm-cifar10-*.pkl)")
-        arguments = dict(zip(_NETWORK_ARGS, network.state.get("_init_args", ()))) | dict(network.state["_init_kwargs"])
-        tensors = dict(_walk_tensors(precond))
-        sigma_data = float(precond.state.get("sigma_data", 0.5))
-    except (TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path}: not an EDM network, expected a pickled dict with an EDMPrecond under 'ema' "
-                         f"({type(error).__name__}: {error})") from None
-    return {key: value for key, value in arguments.items() if key not in _UNUSED_ARGS}, sigma_data, tensors
+        network = _state(precond)["_modules"]["model"]
+        names = _class_name(precond), _class_name(network)
+        arguments = dict(_state(network)["_init_kwargs"])
+        sigma_data = float(_state(precond).get("sigma_data", 0.5))
+        if _state(network).get("_init_args"):
+            raise ValueError("positional constructor arguments")
+    except Exception as error:
+        raise ValueError(f"not an EDM network, expected a pickled dict with an EDMPrecond under 'ema' ({_one_line(error)})") from None
+    if names != ("EDMPrecond", "SongUNet"):
+        raise ValueError(f"holds {ascii(names)}, expected an EDMPrecond with a SongUNet (NVIDIA's edm-cifar10-*.pkl)")
+    return {key: value for key, value in arguments.items() if key not in _UNUSED_ARGUMENTS}, sigma_data, precond
 
 
-def _walk_tensors(module, prefix=""):
-    """Yield (name, tensor) for all parameters and buffers of an unpickled module, names as in its state_dict."""
-    state = module.state if isinstance(module, _PersistentObject) else vars(module)
-    for name, value in (state["_parameters"] | state["_buffers"]).items():
-        if isinstance(value, torch.Tensor):
-            yield prefix + name, value
-    for name, child in state["_modules"].items():
-        if child is not None:
-            yield from _walk_tensors(child, f"{prefix}{name}.")
+_UNUSED_ARGUMENTS = ("out_channels", "augment_dim", "dropout", "label_dropout", "decoder_type")  # not in our half of the network
+
+
+def _one_line(error):
+    """An error's first line, printable: it may quote the file."""
+    return ascii((str(error).splitlines() or [""])[0])[1:-1][:200] or type(error).__name__
 
 
 def load_edm_encoder(path_or_url, layer="dec.8x8_in1"):
@@ -349,26 +339,40 @@ def load_edm_encoder(path_or_url, layer="dec.8x8_in1"):
     path_or_url: a file, or an http(s) URL, which is downloaded once into torch.hub's cache (to a temporary name first).
     layer: where features are taken, "enc.<name>" or "dec.<name>"; the default is the paper's, "the UNet bottleneck block
     before the upsampling layers". Returns an EDMEncoder. Raises ValueError (one line naming the file) for a file that is
-    damaged, of another kind, lacks a tensor, has no such layer, or asks for anything but tensors and plain data; OSError
-    where it cannot be opened.
+    damaged, of another kind, lacks a tensor, has no such layer, asks for anything but tensors and plain data, or cannot
+    be downloaded; OSError where it cannot be opened.
     """
-    path = path_or_url
+    path, hint = path_or_url, ""
     if str(path_or_url).startswith(("http://", "https://")):
-        path = Path(torch.hub.get_dir()) / "checkpoints" / Path(path_or_url).name
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(path_or_url, str(path))
-    arguments, sigma_data, tensors = read_edm_pickle(path)
+        path, hint = _download(str(path_or_url)), "; delete the file to download it again"
     try:
-        encoder = EDMEncoder(layer, sigma_data, **arguments)
-    except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
-        raise ValueError(f"{path}: {error}") from None
-    needed = encoder.state_dict()
-    wrong = [name for name in needed if name not in tensors or tensors[name].shape != needed[name].shape]
-    if wrong:
-        raise ValueError(f"{path}: {len(wrong)} tensors are missing or of another shape than its arguments say, first {wrong[0]}")
-    encoder.load_state_dict({name: tensors[name].float() for name in needed})  # copies: the file's other tensors are freed
-    return encoder
+        arguments, sigma_data, precond = read_edm_pickle(path)
+        with torch.device("meta"):  # only names and shapes so far: nothing is allocated before they are known to fit
+            encoder = EDMEncoder(layer, sigma_data, **arguments)
+        needed = encoder.state_dict()
+        tensors = {name: _find_tensor(precond, name) for name in needed}
+        wrong = [name for name, tensor in tensors.items() if tensor is None or tensor.shape != needed[name].shape]
+        if wrong:
+            raise ValueError(f"{len(wrong)} tensors are missing or of another shape than its arguments say, first {wrong[0]}")
+        encoder.load_state_dict(tensors, assign=True)
+    except OSError:
+        raise
+    except Exception as error:  # whatever else is wrong in the file
+        message = str(error) if isinstance(error, ValueError) else f"not a usable EDM network ({_one_line(error)})"
+        raise ValueError(f"{path}: {message}{hint}") from None
+    return encoder.requires_grad_(False)
+
+
+def _download(url):
+    """Download once; the name in the cache begins with a hash of the URL, since different teachers share file names."""
+    path = Path(torch.hub.get_dir()) / "checkpoints" / f"{hashlib.sha256(url.encode()).hexdigest()[:8]}-{Path(url).name}"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(url, str(path))
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            raise ValueError(f"{url}: cannot be downloaded ({_one_line(error)})") from None
+    return path
 
 
 def main():

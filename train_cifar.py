@@ -22,7 +22,7 @@ synthetic images its WRN-28-10 row (paper: 92.36 / 64.12):
     torchrun --nproc-per-node 8 train_cifar.py ...                     # the same run on eight GPUs
 
 A run writes last.pt, best.pt (best robust accuracy on held-out training images) and log.csv to --out. The same command
-again continues it: every random draw is a function of (seed, step), so nothing else has to be remembered.
+again continues it: every random draw is a function of (seed, step), so no generator's state has to be saved.
 """
 import argparse
 import contextlib
@@ -32,10 +32,10 @@ import math
 import mmap
 import os
 import re
-import resource
 import sys
 import time
 import zipfile
+from datetime import timedelta
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
@@ -53,13 +53,11 @@ from edm_encoder import EDMEncoder, load_edm_encoder
 # Settings. "stated": in the paper. "inherited": from DM-AT, whose setup the paper says it follows exactly. "chosen": by us.
 # The flags in `parse_args` are what one changes to reproduce the paper; the constants here are the rest of the recipe.
 
-DATASETS = {  # classes; mean and standard deviation of the training images per RGB channel (inherited)
-    "cifar10": SimpleNamespace(classes=10, mean=(0.4914, 0.4822, 0.4465), std=(0.2471, 0.2435, 0.2616)),
-    "cifar100": SimpleNamespace(classes=100, mean=(0.5071, 0.4865, 0.4409), std=(0.2673, 0.2564, 0.2762)),
-}
-TEACHERS = {  # the diffusion models that also drew DM-AT's synthetic images (stated)
-    "cifar10": "https://nvlabs-fi-cdn.nvidia.com/edm/pretrained/edm-cifar10-32x32-cond-vp.pkl",
-    "cifar100": "https://huggingface.co/wzekai99/DM-Improves-AT/resolve/main/others/edm-cifar100-32x32-cond-vp.pkl",
+DATASETS = {  # classes; mean and standard deviation per RGB channel (inherited); the diffusion model that drew DM-AT's images (stated)
+    "cifar10": SimpleNamespace(classes=10, mean=(0.4914, 0.4822, 0.4465), std=(0.2471, 0.2435, 0.2616),
+                               teacher="https://nvlabs-fi-cdn.nvidia.com/edm/pretrained/edm-cifar10-32x32-cond-vp.pkl"),
+    "cifar100": SimpleNamespace(classes=100, mean=(0.5071, 0.4865, 0.4409), std=(0.2673, 0.2564, 0.2762),
+                                teacher="https://huggingface.co/wzekai99/DM-Improves-AT/resolve/main/others/edm-cifar100-32x32-cond-vp.pkl"),
 }
 OPTIMIZERS = {  # learning rate and weight decay. SGD: inherited; Lion: decay stated, rate chosen
     "sgd": SimpleNamespace(lr=0.2, weight_decay=5e-4),
@@ -78,88 +76,78 @@ TABLE_STEPS, TABLE_IMAGES = 10, 1024  # PGD for the closing table, a quick look 
 LOG_EVERY = 50  # steps
 
 
+def one_line(error):
+    """The first line of an error's message, printable: it may quote a file."""
+    return ascii((str(error).splitlines() or [""])[0])[1:-1][:200] or type(error).__name__
+
+
 class InputError(ValueError):
     """Something that the user gave cannot be used. One line; the command line prints it and exits with code 2."""
 
 
-def fraction(text):
-    """A pixel distance on the [0, 1] scale as a float: "8/255" and "0.031" both work."""
-    try:
-        return float(Fraction(text))
-    except (ValueError, ZeroDivisionError, OverflowError):
-        raise argparse.ArgumentTypeError(f"{text}: expected a number such as 8/255") from None
+def number(kind=float, at_least=-math.inf, above=-math.inf, below=math.inf):
+    """An argparse type: a number in that range, also written as a fraction, such as 8/255."""
+    def parse(text):
+        try:
+            value = kind(Fraction(text))
+        except (ValueError, ZeroDivisionError, OverflowError):
+            value = math.nan
+        if not at_least <= value < below or value <= above or (kind is int and value != Fraction(text)):
+            bounds = [f"{word} {bound:g}" for word, bound in (("at least", at_least), ("above", above), ("below", below)) if math.isfinite(bound)]
+            raise argparse.ArgumentTypeError(f"{text}: expected {'a whole number' if kind is int else 'a number such as 8/255'}, {' and '.join(bounds)}")
+        return value
+    return parse
 
 
 def parse_args(argv=None):
     """Command line -> Namespace. Raises InputError for a flag that is unknown or out of range."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
     parser.error = _raise_input_error  # one line and exit code 2, without the usage text
-    add = parser.add_argument
+    add, share, positive, count = parser.add_argument, number(at_least=0, below=1), number(above=0, below=1e6), number(int, at_least=1, below=1e9)
     add("--smoke", action="store_true", help="a tiny run on drawn images with a random teacher: about a minute on a CPU, needs no files")
     # Data
     add("--dataset", choices=list(DATASETS), default="cifar10", help="number of classes and normalisation")
     add("--data-dir", default="data", help="folder with train.npz and test.npz (image uint8 [N,32,32,3], label int [N]), else torchvision's CIFAR, downloaded there")
     add("--synthetic", nargs="+", default=[], metavar="FILE", help="synthetic images: DM-AT's .npz files as released, any number of parts")
-    add("--synthetic-fraction", type=float, help="their share of each batch (inherited: 0.7 up to 1M images, 0.8 above)")
+    add("--synthetic-fraction", type=share, help="their share of each batch (inherited: 0.7 up to 1M images, 0.8 above)")
     # Model and optimisation
     add("--arch", default="wrn-34-10", help="wrn-DEPTH-WIDTH with DEPTH = 6n + 4, or vit-b-2")
-    add("--epochs", type=int, default=200, help="of ceil(training images / batch size) steps, whatever the synthetic data (stated per row)")
-    add("--max-steps", type=int, help="total number of steps, in place of --epochs")
-    add("--batch-size", type=int, default=128, help="over all processes (stated per row)")
+    add("--epochs", type=count, default=200, help="of ceil(training images / batch size) steps, whatever the synthetic data (stated per row)")
+    add("--max-steps", type=count, help="total number of steps, in place of --epochs")
+    add("--batch-size", type=number(int, at_least=2, below=1e9), default=128, help="over all processes (stated per row)")
     add("--optimizer", choices=list(OPTIMIZERS), default="sgd", help="sgd for WRN (inherited), lion for ViT (stated)")
-    add("--lr", type=float, help="peak learning rate (sgd 0.2: inherited; lion 1e-4: chosen)")
-    add("--weight-decay", type=float, help="none on normalisation layers (sgd 5e-4: inherited; lion 0.5: stated)")
-    add("--ema-decay", type=float, default=0.995, help="weight averaging tau (inherited)")
-    add("--label-smoothing", type=float, default=0.1, help="in the cross-entropy (inherited)")
+    add("--lr", type=positive, help="peak learning rate (sgd 0.2: inherited; lion 1e-4: chosen)")
+    add("--weight-decay", type=number(at_least=0, below=1e6), help="none on normalisation layers (sgd 5e-4: inherited; lion 0.5: stated)")
+    add("--ema-decay", type=share, default=0.995, help="weight averaging tau (inherited)")
+    add("--label-smoothing", type=share, default=0.1, help="in the cross-entropy (inherited)")
     # Attack
-    add("--beta", type=float, default=5.0, help="weight of TRADES' KL term (inherited)")
-    add("--eps", type=fraction, default="8/255", help="largest change of a pixel in [0,1] (inherited)")
-    add("--step-size", type=fraction, default="2/255", help="of the attack (inherited)")
-    add("--attack-steps", type=int, default=10, help="PGD steps in training (stated)")
+    add("--beta", type=number(at_least=0, below=1e6), default=5.0, help="weight of TRADES' KL term (inherited)")
+    add("--eps", type=share, default="8/255", help="largest change of a pixel in [0,1] (inherited)")
+    add("--step-size", type=positive, default="2/255", help="of the attack (inherited)")
+    add("--attack-steps", type=count, default=10, help="PGD steps in training (stated)")
     # Diffusion representation alignment
-    add("--dra-weight", type=float, default=1.0, help="lambda in eq. (4); 0 is plain adversarial training and needs no teacher (chosen)")
+    add("--dra-weight", type=number(at_least=0, below=1e6), default=1.0, help="lambda in eq. (4); 0 is plain adversarial training and needs no teacher (chosen)")
     add("--teacher", help="EDM .pkl, path or URL (stated: the EDM model that drew the synthetic images, downloaded if not given)")
-    add("--teacher-sigma", type=float, default=0.06, help="noise level for the teacher, images in [-1,1] (chosen: best linear probe in DDAE, arXiv 2303.09769)")
+    add("--teacher-sigma", type=positive, default=0.06, help="noise level for the teacher, images in [-1,1] (chosen: best linear probe in DDAE, arXiv 2303.09769)")
     add("--teacher-layer", default="dec.8x8_in1", help="block whose output is the target (stated: the bottleneck before upsampling)")
     add("--teacher-unconditional", action="store_true", help="do not tell the teacher the label")
     add("--extra-sigma", action="store_true", help="a second target per image at a random noise level (stated for more than 1M synthetic images)")
     # Running
     add("--out", default="runs/cifar", help="folder for last.pt, best.pt and log.csv")
-    add("--seed", type=int, default=0, help="of every random draw")
+    add("--seed", type=number(int, at_least=0, below=2**63), default=0, help="of every random draw")
     add("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu", help="where to run")
     add("--no-amp", action="store_true", help="float32 throughout (default on CUDA: the backbone in bfloat16)")
     add("--no-compile", action="store_true", help="no torch.compile (default on CUDA: compiled)")
-    add("--eval-every", type=float, default=5, help="epochs between evaluations of the averaged model on the held-out images")
-    add("--save-every", type=float, default=1, help="epochs between checkpoints")
+    add("--eval-every", type=positive, default=5, help="epochs between evaluations of the averaged model on the held-out images")
+    add("--save-every", type=positive, default=1, help="epochs between checkpoints")
     add("--dry-run", action="store_true", help="print the plan and stop")
     if "--smoke" in (sys.argv[1:] if argv is None else argv):  # small enough for two CPU cores; any flag still beats these
-        parser.set_defaults(arch="wrn-10-1", epochs=6, batch_size=64, lr=0.1, eval_every=3, out="runs/smoke")
+        parser.set_defaults(arch="wrn-10-1", epochs=6, batch_size=64, lr=0.1, eval_every=3, out="runs/smoke", device="cpu")
     args = parser.parse_args(argv)
-    _check_args(args)
-    return args
 
-
-def _raise_input_error(message):
-    raise InputError(message)
-
-
-def _check_args(args):
-    """Fill in what depends on other flags; raise InputError naming the flag that is out of range."""
+    # What depends on other flags.
     args.lr = OPTIMIZERS[args.optimizer].lr if args.lr is None else args.lr
     args.weight_decay = OPTIMIZERS[args.optimizer].weight_decay if args.weight_decay is None else args.weight_decay
-    at_least = {"epochs": 1, "batch_size": 2, "attack_steps": 1, "max_steps": 1, "seed": 0, "dra_weight": 0, "beta": 0, "weight_decay": 0}
-    above_zero = ("lr", "step_size", "teacher_sigma", "eval_every", "save_every")
-    below_one = ("eps", "label_smoothing", "ema_decay", "synthetic_fraction")
-    for name, value in vars(args).items():
-        flag = f"--{name.replace('_', '-')}"
-        if isinstance(value, float) and not math.isfinite(value):
-            raise InputError(f"{flag} {value}: expected a finite number")
-        if name in at_least and value is not None and value < at_least[name]:
-            raise InputError(f"{flag} {value}: expected at least {at_least[name]}")
-        if name in above_zero and value <= 0:
-            raise InputError(f"{flag} {value}: expected more than 0")
-        if name in below_one and value is not None and not 0 <= value < 1:
-            raise InputError(f"{flag} {value}: expected a number from 0 up to but not including 1" + (", such as 8/255" if name == "eps" else ""))
     if args.device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: no CUDA device is available here; use --device cpu")
     if args.synthetic_fraction and not args.synthetic:
@@ -167,8 +155,13 @@ def _check_args(args):
     if args.dra_weight == 0:  # plain adversarial training: what is said of the teacher does not matter
         args.teacher, args.extra_sigma = None, False
     elif args.teacher is None and not args.smoke:
-        args.teacher = TEACHERS[args.dataset]
+        args.teacher = DATASETS[args.dataset].teacher
     args.amp = args.device == "cuda" and not args.no_amp
+    return args
+
+
+def _raise_input_error(message):
+    raise InputError(message)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -182,17 +175,16 @@ class Block(nn.Module):
     def __init__(self, in_channels, out_channels, stride):
         super().__init__()
         self.batchnorm_0 = nn.BatchNorm2d(in_channels, momentum=BATCHNORM_MOMENTUM)
-        self.conv_0 = nn.Conv2d(in_channels, out_channels, 3, stride, padding=0, bias=False)
+        self.conv_0 = nn.Conv2d(in_channels, out_channels, 3, stride, padding=1 if stride == 1 else 0, bias=False)
         self.batchnorm_1 = nn.BatchNorm2d(out_channels, momentum=BATCHNORM_MOMENTUM)
         self.conv_1 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
         self.shortcut = nn.Conv2d(in_channels, out_channels, 1, stride, bias=False) if in_channels != out_channels else None
-        # TensorFlow's SAME padding: a strided 3x3 convolution pads right and bottom only.
-        self.padding = (1, 1, 1, 1) if stride == 1 else (0, 1, 0, 1)
 
     def forward(self, x):
         """[B, in_channels, H, W] -> [B, out_channels, H / stride, W / stride]"""
         activated = F.silu(self.batchnorm_0(x))
-        h = self.conv_0(F.pad(activated, self.padding))
+        # TensorFlow's SAME padding: a strided 3x3 convolution pads right and bottom only.
+        h = self.conv_0(activated if self.conv_0.stride == (1, 1) else F.pad(activated, (0, 1, 0, 1)))
         h = self.conv_1(F.silu(self.batchnorm_1(h)))
         return h + (x if self.shortcut is None else self.shortcut(activated))
 
@@ -268,7 +260,7 @@ def build_model(arch, num_classes, dataset="cifar10"):
     """
     if dataset not in DATASETS:
         raise InputError(f"--dataset {dataset}: expected one of {', '.join(DATASETS)}")
-    wrn = re.fullmatch(r"wrn-(\d{1,4})-(\d{1,4})", arch)
+    wrn = re.fullmatch(r"wrn-(\d{2,3})-(\d{1,2})", arch)
     if wrn and int(wrn[1]) >= 10 and int(wrn[1]) % 6 == 4 and int(wrn[2]) >= 1:
         model = WideResNet(int(wrn[1]), int(wrn[2]), num_classes)
     elif arch == "vit-b-2":
@@ -370,19 +362,19 @@ class Lion(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "betas": betas})
 
     @torch.no_grad()
-    def step(self, closure=None):
-        """Update every parameter that has a gradient. closure: torch's optional argument, re-evaluates the loss."""
-        loss = None if closure is None else torch.enable_grad()(closure)()
+    def step(self):
+        """Update every parameter that has a gradient."""
         for group in self.param_groups:
             beta1, beta2 = group["betas"]
             for p in group["params"]:
                 if p.grad is None:
                     continue
-                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                if not self.state[p]:
+                    self.state[p]["momentum"] = torch.zeros_like(p)
+                momentum = self.state[p]["momentum"]
                 update = momentum.lerp(p.grad, 1 - beta1).sign_()
                 p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update, alpha=group["lr"])
                 momentum.lerp_(p.grad, 1 - beta2)
-        return loss
 
 
 def build_optimizer(args, *modules):
@@ -427,8 +419,8 @@ def set_batchnorm_momentum(model, momentum):
 
 
 def average_gradients(parameters):
-    """Mean gradient over all processes. By hand rather than by DistributedDataParallel: once per 27 forward passes there is
-    nothing worth overlapping, and the two training-mode forwards of one step would trip over its buffer broadcasts."""
+    """Mean gradient over all processes. By hand rather than by DistributedDataParallel: a step costs 27 forward passes, so there is
+    little to gain from overlapping, and the two training-mode forwards of one step would trip over its buffer broadcasts."""
     if not dist.is_initialized():
         return
     gradients = [p.grad for p in parameters if p.grad is not None]
@@ -449,7 +441,7 @@ def train_step(model, averaged, projectors, teacher, optimizer, batch, decay, ar
     images, labels = batch.images, batch.labels
     model.train()  # batch statistics in the attack and in both forwards below
 
-    # The inner maximisation, eq. (2): x' starts at U(-eps, eps) around x.
+    # The inner maximisation of eq. (1), by the PGD of eq. (2): x' starts at U(-eps, eps) around x.
     adv = trades_attack(model, images, batch.start, args.eps, args.step_size, args.attack_steps)
 
     # L_TRADES. Two forwards, clean and adversarial, each with its own batch statistics; both update the running ones.
@@ -474,12 +466,13 @@ def train_step(model, averaged, projectors, teacher, optimizer, batch, decay, ar
 
     with torch.no_grad():
         clean, robust = [(logits.argmax(dim=1) == labels).float().mean() for logits in (clean_logits, adv_logits)]
-    return {"loss": loss.detach(), "trades": trades.detach(), "cosine": -alignment.detach(), "train_clean": clean, "train_robust": robust}
+    cosine = {"cosine": -alignment.detach()} if len(projectors) else {}
+    return {"loss": loss.detach(), "trades": trades.detach(), "train_clean": clean, "train_robust": robust} | cosine
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Data: disk -> one augmented batch on the device. Every draw is a function of (seed, step), drawn for the global batch;
-# of which each process takes its slice.
+# Data: disk -> one augmented batch on the device. Every draw is a function of (seed, step). It is made for the whole batch, and
+# each process takes its share.
 
 
 def generator(seed, position, purpose, device="cpu"):
@@ -494,27 +487,29 @@ def map_npz_member(path, name):
     numpy ignores mmap_mode for .npz, but an uncompressed member is a plain .npy at some offset in the zip (zip64 included).
     Raises InputError for a file that is no .npz, lacks `name`, or holds it compressed, cut off or as pickled objects.
     """
-    try:
-        with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
-            info = archive.getinfo(f"{name}.npy")
+    with open(path, "rb") as file:
+        try:
+            info = zipfile.ZipFile(file).getinfo(f"{name}.npy")
             if info.compress_type != zipfile.ZIP_STORED:
                 raise InputError(f"{path}: {name!r} is compressed and cannot be mapped; write the file again with numpy.savez")
             file.seek(info.header_offset)
             local = file.read(30)  # the local header, with name and extra field behind it, of lengths that only it knows
-            file.seek(int.from_bytes(local[26:28], "little") + int.from_bytes(local[28:30], "little"), os.SEEK_CUR)
+            begin = file.seek(int.from_bytes(local[26:28], "little") + int.from_bytes(local[28:30], "little"), os.SEEK_CUR)
             version = np.lib.format.read_magic(file)
             read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
             shape, fortran_order, dtype = read_header(file)
             if dtype.hasobject or fortran_order:
                 raise InputError(f"{path}: {name!r} is {dtype}{' in Fortran order' * fortran_order}, expected a C-ordered array of integers")
+            if file.tell() - begin + math.prod(shape) * dtype.itemsize != info.file_size:
+                raise ValueError(f"{name!r} has another length than its header says")
             mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             return np.ndarray(shape, dtype, buffer=mapping, offset=file.tell()), mapping
-    except InputError:
-        raise
-    except KeyError:
-        raise InputError(f"{path}: has no array {name!r}; expected 'image' and 'label'") from None
-    except (zipfile.BadZipFile, ValueError, TypeError, EOFError) as error:
-        raise InputError(f"{path}: not a readable .npz file, perhaps cut off ({error})") from None
+        except InputError:
+            raise
+        except KeyError:
+            raise InputError(f"{path}: has no array {name!r}; expected 'image' and 'label'") from None
+        except Exception as error:  # a damaged file can fail in any way
+            raise InputError(f"{path}: not a readable .npz file, perhaps cut off ({one_line(error)})") from None
 
 
 class Images:
@@ -534,6 +529,8 @@ class Images:
         moved.images = torch.empty(self.images[first:end].shape, dtype=torch.uint8, device=device)
         for i in range(0, len(moved), 100_000):  # in pieces: these may be a mapped file's
             moved.images[i:i + 100_000] = torch.from_numpy(self.images[first:end][i:i + 100_000].copy())
+            if self.mapping:
+                self.mapping.madvise(mmap.MADV_DONTNEED)
         return moved
 
     def fetch(self, index):
@@ -558,7 +555,6 @@ def open_npz(path, classes):
         raise InputError(f"{path}: 'label' is {labels.dtype} {list(labels.shape)}, expected integers [{len(images)}], at least one")
     if labels.min() < 0 or labels.max() >= classes:
         raise InputError(f"{path}: labels run from {labels.min()} to {labels.max()}, expected 0 to {classes - 1}")
-    mapping.madvise(mmap.MADV_RANDOM)  # no read-ahead: single images are fetched from all over the file
     return Images(images, labels, mapping)
 
 
@@ -598,6 +594,8 @@ class Data:
         self.args, self.device, self.rank, self.world = args, device, rank, world
         real = load_real(args, "train")
         held = min(HOLDOUT, len(real) // 10)
+        if not held:
+            raise InputError(f"--data-dir {args.data_dir}: has {len(real)} training images, expected at least 10")
         self.holdout, self.test = real.to(device, end=held), load_real(args, "test").to(device)
         self.steps_per_epoch = math.ceil(len(real) / args.batch_size)  # DM-AT: whatever the synthetic data
         synthetic = [open_npz(path, DATASETS[args.dataset].classes) for path in args.synthetic]
@@ -605,6 +603,9 @@ class Data:
         self.resident = device.type == "cuda" and self.synthetic_bytes < torch.cuda.mem_get_info()[0] / 2
         if self.resident and not args.dry_run:
             synthetic = [part.to(device) for part in synthetic]
+        for part in synthetic:
+            if part.mapping:
+                part.mapping.madvise(mmap.MADV_RANDOM)  # no read-ahead: single images are fetched from all over the file
         self.parts = [real.to(device, first=held), *synthetic]  # numbered through: part i ends before image ends[i]
         self.ends = torch.tensor([len(part) for part in self.parts]).cumsum(0)
         self.n_real_images, self.n_synthetic_images = len(self.parts[0]), sum(len(part) for part in synthetic)
@@ -724,6 +725,8 @@ def save_atomically(content, path):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch's own writer raises the latter where the disk is full
+        raise OSError(f"{path}: cannot be written ({one_line(error)}); what was there before is untouched") from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -740,48 +743,54 @@ def checkpoint(args, run, step, best):
             "args": vars(args), "arch": args.arch, "dataset": args.dataset, "num_classes": data.classes, "mean": data.mean, "std": data.std}
 
 
-# Settings that may differ when a run continues: they say where and how it runs, not what it computes.
-MAY_DIFFER = {"data_dir", "out", "device", "amp", "no_amp", "no_compile", "save_every", "dry_run"}
+# Settings that may differ when a run continues: they say where it runs, not what it computes.
+MAY_DIFFER = {"data_dir", "out", "device", "no_amp", "no_compile", "save_every", "dry_run"}
 
 
-def load_checkpoint(path, args):
-    """Read last.pt of a run with the same settings. Raises InputError where it is unreadable or of another run."""
+def restore(path, args, run):
+    """Load a checkpoint of a run with the same settings into `run`; returns (step, best). Raises InputError where it is
+    damaged or of another run."""
+    model, averaged, projectors, optimizer = run
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)  # data only: nothing in the file can run
-        difference = [f"--{name.replace('_', '-')} {saved['args'].get(name)} there, {value} now" for name, value in vars(args).items()
+        difference = [f"{name} {saved['args'].get(name)} there, {value} now" for name, value in vars(args).items()
                       if name not in MAY_DIFFER and saved["args"].get(name) != value]
+        if not difference:
+            model.load_state_dict(saved["unaveraged_model_state_dict"])
+            averaged.load_state_dict(saved["model_state_dict"])
+            projectors.load_state_dict(saved["projector"])
+            optimizer.load_state_dict(saved["optimizer"])
+            return int(saved["step"]), float(saved["best"])
     except Exception as error:
-        reason = (str(error).splitlines() or [""])[0]
-        raise InputError(f"{path}: damaged or no checkpoint of this script ({type(error).__name__} {reason}); "
-                         "move it away to continue from best.pt, or to start anew where there is none") from None
-    if difference:
-        raise InputError(f"{path}: belongs to a run with other settings ({'; '.join(difference)}); choose another --out")
-    return saved
+        raise InputError(f"{path}: damaged, or no checkpoint of this script ({type(error).__name__}); move it away to continue from "
+                         "the folder's other checkpoint, or to start anew where there is none") from None
+    raise InputError(f"{path}: belongs to a run with other settings ({'; '.join(difference)}); choose another --out")
 
 
 LOG_COLUMNS = ("step", "epoch", "lr", "loss", "trades", "cosine", "train_clean", "train_robust", "images_per_s", "holdout_clean", "holdout_robust")
 
 
 def start_log(path, step):
-    """log.csv with its header and the rows up to `step`; later ones, of a run that went on after its last checkpoint, will be made again."""
+    """log.csv with its header and the rows up to `step`; later ones, of a run that went on after its last checkpoint, will be made
+    again. Without a checkpoint a log that is there already is set aside."""
     rows = []
-    if step and path.exists():
-        with open(path, newline="") as file:
-            rows = [row for row in csv.DictReader(file) if int(row["step"]) <= step]
+    if path.exists() and step:
+        rows = [line for line in path.read_text().splitlines() if line.split(",")[0].isdigit() and int(line.split(",")[0]) <= step]
+    elif path.exists():
+        os.replace(path, path.with_name(f"log-{time.time_ns()}.csv"))
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", newline="") as file:
-        csv.DictWriter(file, LOG_COLUMNS).writeheader()
-        csv.DictWriter(file, LOG_COLUMNS).writerows(rows)
+    temporary.write_text("\n".join([",".join(LOG_COLUMNS), *rows]) + "\n")
     os.replace(temporary, path)
 
 
 def write_log(path, row, minutes_left):
     """Append row {column: number} to log.csv and show it. Accuracies in percent; images_per_s over all processes."""
     with open(path, "a", newline="") as file:
-        csv.DictWriter(file, LOG_COLUMNS).writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
-    held_out = "  | held-out clean {holdout_clean:.2f} % robust {holdout_robust:.2f} %" if "holdout_clean" in row else ""
-    text = "step {step:>6}  epoch {epoch:7.2f}  loss {loss:.3f}  cosine {cosine:.3f}  batch clean {train_clean:.1f} % robust {train_robust:.1f} %  {images_per_s:.0f} images/s"
-    print((text + held_out).format(**row) + f"  {minutes_left:.1f} min left", flush=True)
+        csv.DictWriter(file, LOG_COLUMNS, lineterminator="\n").writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
+    text = "step {step:>6}  epoch {epoch:7.2f}  loss {loss:.3f}" + "  cosine {cosine:.3f}" * ("cosine" in row)
+    text += "  batch clean {train_clean:.1f} % robust {train_robust:.1f} %  {images_per_s:.0f} images/s"
+    text += "  | held-out clean {holdout_clean:.2f} % robust {holdout_robust:.2f} %" * ("holdout_clean" in row)
+    print(text.format(**row) + f"  {minutes_left:.1f} min left", flush=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -792,11 +801,11 @@ def load_teacher(args, device):
     """The frozen diffusion encoder, or None without alignment. Raises InputError where it does not fit the data."""
     if args.dra_weight == 0:
         return None
-    if args.teacher is None:  # smoke: a random network's features are a poor target, but they exercise the same path
-        torch.manual_seed(args.seed)
-        teacher = EDMEncoder(args.teacher_layer, img_resolution=32, label_dim=10, model_channels=16, channel_mult=[1, 2, 2], num_blocks=1)
-        return teacher.to(device)
     try:
+        if args.teacher is None:  # smoke: a random network's features are a poor target, but they exercise the same path
+            torch.manual_seed(args.seed)
+            teacher = EDMEncoder(args.teacher_layer, img_resolution=32, label_dim=10, model_channels=16, channel_mult=[1, 2, 2], num_blocks=1)
+            return teacher.to(device)
         teacher = load_edm_encoder(args.teacher, args.teacher_layer)
     except (ValueError, OSError) as error:
         raise InputError(f"--teacher {error}") from None
@@ -849,58 +858,54 @@ def train(args, data, teacher, run, out, total_steps):
     main_process, first_step, best = data.rank == 0, 0, -1.0
     last_checkpoint = next((out / name for name in ("last.pt", "best.pt") if (out / name).exists()), None)
     if last_checkpoint:
-        saved = load_checkpoint(last_checkpoint, args)
-        model.load_state_dict(saved["unaveraged_model_state_dict"])
-        averaged.load_state_dict(saved["model_state_dict"])
-        projectors.load_state_dict(saved["projector"])
-        optimizer.load_state_dict(saved["optimizer"])
-        first_step, best = saved["step"], saved["best"]
+        first_step, best = restore(last_checkpoint, args, run)
         if main_process and last_checkpoint.name == "best.pt":  # there may be no step left that would write last.pt
             save_atomically(checkpoint(args, run, first_step, best), out / "last.pt")
     if main_process:
-        print(f"continuing {last_checkpoint} after step {first_step} of {total_steps}" if first_step else "starting", flush=True)
+        print(f"continuing {last_checkpoint} after step {first_step} of {total_steps}" if last_checkpoint else "starting", flush=True)
         start_log(out / "log.csv", first_step)
-    if args.device == "cuda" and not args.no_compile:  # `features` is where the work is; names of parameters stay clean
-        model.features = torch.compile(model.features)
 
     warmup = int(WARMUP * total_steps)
     eval_every, save_every = [max(1, round(epochs * data.steps_per_epoch)) for epochs in (args.eval_every, args.save_every)]
-    log_every, recent, since = min(LOG_EVERY, data.steps_per_epoch), [], time.time()
+    log_every, recent, since, started = min(LOG_EVERY, data.steps_per_epoch), [], time.time(), time.time()
     for step in range(first_step, total_steps):
         set_batchnorm_momentum(model, 1.0 if step == 0 else BATCHNORM_MOMENTUM)
+        if args.device == "cuda" and not args.no_compile and step == max(1, first_step):  # step 0 has a momentum of its own
+            model.features = torch.compile(model.features)  # where the work is; names of parameters stay clean
+        lr = learning_rate(step, total_steps, args.lr)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, total_steps, args.lr)
+            group["lr"] = lr
         decay = averaging_decay(step, warmup, args.ema_decay)
         recent.append(train_step(model, averaged, projectors, teacher, optimizer, data.batch(step), decay, args))
 
-        # Bookkeeping. The numbers in `recent` stay on the device until a line is due: a step never waits for the GPU.
+        # Bookkeeping. The numbers in `recent` stay on the device until a line is due: reading them would wait for the GPU.
         done, last = step + 1, step + 1 == total_steps
         evaluating, saving = done % eval_every == 0 or last, done % save_every == 0 or last
         if not (done % log_every == 0 or evaluating or saving):
             continue
-        row = {"step": done, "epoch": done / data.steps_per_epoch, "lr": group["lr"]} | summarise(recent, done, out)
-        seconds_per_step = (time.time() - since) / len(recent)
-        row["images_per_s"] = args.batch_size / seconds_per_step
+        row = {"step": done, "epoch": done / data.steps_per_epoch, "lr": lr} | summarise(recent, done, model)
+        row["images_per_s"] = args.batch_size * len(recent) / (time.time() - since)
         if main_process and evaluating:
             row["holdout_clean"], row["holdout_robust"] = evaluate(averaged, data.holdout, margin_loss, SELECTION_STEPS, args)
             if row["holdout_robust"] > best:
                 best = row["holdout_robust"]
                 save_atomically(checkpoint(args, run, done, best), out / "best.pt")
         if main_process:
-            write_log(out / "log.csv", row, (total_steps - done) * seconds_per_step / 60)
+            write_log(out / "log.csv", row, (total_steps - done) * (time.time() - started) / (done - first_step) / 60)
         if main_process and saving:
             save_atomically(checkpoint(args, run, done, best), out / "last.pt")
         recent, since = [], time.time()
 
 
-def summarise(recent, done, out):
-    """Means of the last steps' numbers. Raises FloatingPointError where a loss was not finite: nothing of it is saved then."""
-    table = torch.stack([torch.stack(list(numbers.values())) for numbers in recent]).cpu()  # [steps, numbers]; the one wait
+def summarise(recent, done, model):
+    """Means of the last steps' numbers. Raises FloatingPointError where one of them or a weight is not finite: nothing is saved then."""
+    table = torch.stack([torch.stack(list(numbers.values())) for numbers in recent]).cpu()  # [steps, numbers]
     bad = (~table.isfinite().all(dim=1)).nonzero()
     if len(bad):
-        step = done - len(recent) + int(bad[0]) + 1
         values = ", ".join(f"{name} {value:g}" for name, value in zip(recent[0], table[bad[0, 0]].tolist()))
-        raise FloatingPointError(f"the loss is not finite in step {step} ({values}); the last good checkpoint is {out / 'last.pt'}, if one was due before")
+        raise FloatingPointError(f"the loss is not finite in step {done - len(recent) + int(bad[0]) + 1} ({values})")
+    if not all(weight.isfinite().all() for weight in model.parameters()):
+        raise FloatingPointError(f"a weight is not finite after step {done}")
     means = dict(zip(recent[0], table.mean(dim=0).tolist()))
     return means | {name: 100 * means[name] for name in ("train_clean", "train_robust")}
 
@@ -912,12 +917,10 @@ def print_table(args, data, run, out):
     for name in ("before training", "best.pt", "last.pt"):
         model = build_run(args, data.device, None)[1] if name == "before training" else run[1]
         if name != "before training":
-            model.load_state_dict(torch.load(out / name, map_location="cpu", weights_only=True)["model_state_dict"])
+            restore(out / name, args, run)
         clean, robust = evaluate(model, data.test, cross_entropy, TABLE_STEPS, args, limit=TABLE_IMAGES)
         print(f"  {name:42} {clean:6.2f} %  {robust:6.2f} %", flush=True)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform != "darwin" else 2**30)
-    gpu = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB on the GPU" if args.device == "cuda" else ""
-    print(f"peak memory {peak:.1f} GiB{gpu}. Judge the checkpoint with AutoAttack before quoting a number.")
+    print("Judge the checkpoint with AutoAttack before quoting a number.")
 
 
 def main(argv=None):
@@ -928,27 +931,30 @@ def main(argv=None):
     if args.device == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
-    if world > 1:
-        dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
+    if world > 1:  # two hours, since process 0 may evaluate or download while the others wait
+        dist.init_process_group("nccl" if args.device == "cuda" else "gloo", timeout=timedelta(hours=2), device_id=device if args.device == "cuda" else None)
     out = Path(args.out)
     if out.exists() and not out.is_dir():
         raise InputError(f"--out {out}: is a file, expected a folder")
-    if rank > 0:
-        dist.barrier()  # process 0 goes first: it may have to download
+    if local > 0:
+        dist.barrier()  # the first process of each machine goes first: it may have to download
     teacher = load_teacher(args, device)
     data = Data(args, device, rank, world)
-    if world > 1 and rank == 0:
+    if world > 1 and local == 0:
         dist.barrier()
     total_steps = args.max_steps or args.epochs * data.steps_per_epoch
     run = build_run(args, device, teacher)
     if rank == 0:
         print_plan(args, data, run[0], run[2], teacher, total_steps)
-    if args.dry_run:
-        return
-    out.mkdir(parents=True, exist_ok=True)
-    train(args, data, teacher, run, out, total_steps)
-    if rank == 0:
-        print_table(args, data, run, out)
+    if not args.dry_run:
+        out.mkdir(parents=True, exist_ok=True)
+        try:
+            train(args, data, teacher, run, out, total_steps)
+        except FloatingPointError as error:
+            good = [str(out / name) for name in ("last.pt", "best.pt") if (out / name).exists()]
+            raise FloatingPointError(f"{error}; last good checkpoint: {good[0] if good else 'none was due yet'}") from None
+        if rank == 0:
+            print_table(args, data, run, out)
     if world > 1:
         dist.destroy_process_group()
 

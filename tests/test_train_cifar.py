@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import train_cifar
-from train_cifar import InputError, build_model, load_checkpoint, main, parse_args, save_atomically
+from train_cifar import InputError, build_model, main, parse_args, save_atomically
 
 ROOT, FIXTURES = Path(__file__).parent.parent, Path(__file__).parent / "fixtures"
 SMALL = ["--smoke", "--device", "cpu", "--batch-size", "16", "--attack-steps", "2", "--extra-sigma"]  # 68 steps an epoch
@@ -55,7 +55,8 @@ def finished(tmp_path_factory):
 def test_a_killed_run_continues_to_the_same_bits(finished, tmp_path):
     """SIGKILL after the first checkpoint, then the same command again."""
     flags = [sys.executable, "train_cifar.py", *EIGHT_STEPS, "--out", str(tmp_path)]
-    process = subprocess.Popen(flags, cwd=ROOT, stdout=subprocess.DEVNULL)
+    # The number of threads decides in which order sums are taken: the same as in this process, see conftest.py.
+    process = subprocess.Popen(flags, cwd=ROOT, stdout=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "2"})
     while not (tmp_path / "last.pt").exists():
         assert process.poll() is None
         time.sleep(0.05)
@@ -83,7 +84,7 @@ def test_without_last_pt_a_run_continues_from_best_pt(finished, tmp_path):
 
 def test_other_settings_on_the_same_folder_are_refused_with_the_difference(finished):
     before = {path: path.read_bytes() for path in finished.iterdir()}
-    with pytest.raises(InputError, match="--beta 5.0 there, 6.0 now"):
+    with pytest.raises(InputError, match="beta 5.0 there, 6.0 now"):
         main([*EIGHT_STEPS, "--beta", "6", "--out", str(finished)])
     assert {path: path.read_bytes() for path in finished.iterdir()} == before
 
@@ -97,7 +98,7 @@ def test_a_damaged_or_hostile_checkpoint_is_named_and_left_alone(finished, tmp_p
     whole = (finished / "last.pt").read_bytes()
     for content in (whole[:len(whole) // 2], b"", hostile.read_bytes(), pickle.dumps(Hostile()), (FIXTURES / "dmat_wrn_10_1_cifar10.pt").read_bytes()):
         (tmp_path / "last.pt").write_bytes(content)
-        with pytest.raises(InputError, match=r"last\.pt: damaged or no checkpoint") as caught:
+        with pytest.raises(InputError, match=r"last\.pt: damaged, or no checkpoint") as caught:
             main([*EIGHT_STEPS, "--out", str(tmp_path)])
         assert "\n" not in str(caught.value) and (tmp_path / "last.pt").read_bytes() == content and not (tmp_path / "was_run").exists()
 
@@ -115,9 +116,24 @@ def test_a_failing_write_leaves_the_old_checkpoint(tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing(tmp_path, capsys):
-    with pytest.raises(FloatingPointError, match=r"not finite in step \d+ \(loss .*last good checkpoint"):
-        main([*SMALL, "--max-steps", "8", "--lr", "1e30", "--out", str(tmp_path)])
+    with pytest.raises(FloatingPointError, match=r"not finite.* step \d.*last good checkpoint: none"):
+        main([*SMALL, "--max-steps", "8", "--lr", "900000", "--out", str(tmp_path)])
     assert not (tmp_path / "last.pt").exists()
+
+
+def test_weights_that_are_not_finite_are_never_saved(tmp_path, monkeypatch):
+    """A loss can still be finite in the step whose gradient is not; the checkpoint before it has to survive."""
+    def step(model, *rest):
+        numbers = train_step(model, *rest)
+        steps.append(model)
+        if len(steps) == 4:
+            model.logits.bias.data[0] = torch.nan
+        return numbers
+    train_step, steps = train_cifar.train_step, []
+    monkeypatch.setattr(train_cifar, "train_step", step)
+    with pytest.raises(FloatingPointError, match="a weight is not finite after step 4; last good checkpoint: .*last.pt"):
+        main([*EIGHT_STEPS, "--out", str(tmp_path)])
+    assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] == 2
 
 
 # --------------------------------------------------------------------------------------------------------- what it leaves
@@ -173,19 +189,19 @@ def bad_flags(folder):
     tiny = str(FIXTURES / "edm_tiny_cond_vp.pkl")
     return [
         (["--arch", "resnet-18"], "--arch resnet-18"),
-        (["--eps", "255"], "--eps 255.0"), (["--eps", "-1/255"], "--eps"), (["--eps", "8/0"], "--eps"), (["--eps", "nan"], "--eps"), (["--eps", "x"], "--eps"),
-        (["--step-size", "0"], "--step-size"), (["--attack-steps", "0"], "--attack-steps 0"), (["--attack-steps", "-3"], "--attack-steps -3"),
-        (["--epochs", "0"], "--epochs 0"), (["--max-steps", "-5"], "--max-steps -5"), (["--max-steps", "ten"], "--max-steps"),
-        (["--batch-size", "5000"], "--batch-size 5000"), (["--batch-size", "1"], "--batch-size 1"),
-        (["--lr", "0"], "--lr"), (["--lr", "inf"], "--lr inf"), (["--weight-decay", "-1"], "--weight-decay"), (["--beta", "-1"], "--beta"),
+        (["--eps", "255"], "--eps: 255: expected a number such as 8/255, at least 0 and below 1"), (["--eps", "-1/255"], "--eps"), (["--eps", "8/0"], "--eps"), (["--eps", "nan"], "--eps"), (["--eps", "x"], "--eps"),
+        (["--step-size", "0"], "--step-size"), (["--attack-steps", "0"], "--attack-steps: 0"), (["--attack-steps", "2.5"], "whole number"),
+        (["--epochs", "0"], "--epochs"), (["--max-steps", "-5"], "--max-steps"), (["--max-steps", "ten"], "--max-steps"),
+        (["--batch-size", "5000"], "--batch-size 5000"), (["--batch-size", "1"], "--batch-size"),
+        (["--lr", "0"], "--lr"), (["--lr", "inf"], "--lr"), (["--weight-decay", "-1"], "--weight-decay"), (["--beta", "-1"], "--beta"),
         (["--label-smoothing", "1"], "--label-smoothing"), (["--ema-decay", "1.5"], "--ema-decay"), (["--seed", "-1"], "--seed"),
         (["--dra-weight", "-1"], "--dra-weight"), (["--teacher-sigma", "0"], "--teacher-sigma"), (["--save-every", "0"], "--save-every"),
-        (["--synthetic-fraction", "1.5", "--synthetic", tiny], "--synthetic-fraction 1.5"), (["--synthetic-fraction", "0.5"], "--synthetic FILE"),
+        (["--synthetic-fraction", "1.5", "--synthetic", tiny], "--synthetic-fraction: 1.5"), (["--synthetic-fraction", "0.5"], "--synthetic FILE"),
         (["--synthetic", str(folder / "none.npz")], "none.npz"), (["--synthetic", tiny], "edm_tiny_cond_vp.pkl"),
         (["--optimizer", "adam"], "--optimizer"), (["--dataset", "mnist"], "--dataset"), (["--nonsense"], "--nonsense"),
         (["--teacher", str(folder / "none.pkl")], "none.pkl"), (["--teacher", str(folder / "page.pkl")], "page.pkl"),
         (["--teacher", tiny, "--teacher-layer", "dec.4x4_in1"], "dec.4x4_in1"), (["--teacher", tiny, "--dataset", "cifar100"], "10 classes"),
-        (["--out", str(folder / "file")], "file"),
+        (["--out", str(folder / "file")], "file"), (["--teacher-layer", "dec.9x9"], "dec.9x9"), (["--epoch", "3"], "--epoch"),
     ], [(["--data-dir", str(folder / "half"), "--dra-weight", "0"], "test.npz")]
 
 
