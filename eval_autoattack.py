@@ -67,7 +67,7 @@ def fraction(text):
 
 def parse_args(argv=None):
     """Command line -> Namespace. Raises InputError for a flag that is unknown or out of range."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
     parser.error = _raise_input_error  # one line and exit code 2, without the usage text
     add = parser.add_argument
     add("checkpoint", help="of these scripts, of DM-AT, or of RobustBench")
@@ -143,8 +143,8 @@ def read_checkpoint(path):
     except OSError:
         raise
     except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"{path}: damaged or no checkpoint of tensors and plain data ({reason})") from None
+        # Without torch's own text: it suggests to load with weights_only=False, which is how a hostile file gets to run.
+        raise InputError(f"{path}: damaged, or no checkpoint of tensors and plain data ({type(error).__name__})") from None
     if not isinstance(saved, dict):
         raise InputError(f"{path}: holds a {type(saved).__name__}, expected a dict of weights")
     return saved
@@ -373,6 +373,7 @@ def evaluate(model, images, labels, folder, eps, attacks=None, version="standard
             print(f"{attack:9} {result.accuracy[attack]:6.2f} % left   {result.seconds[attack]:8.1f} s", flush=True)
     pyautoattack.checks.check_square_sr({name: accuracy / 100 for name, accuracy in result.accuracy.items()}, logger=attacker.logger)
     result.flags += flags.take()
+    flags.logger.removeHandler(flags)
     return result
 
 
@@ -393,7 +394,8 @@ def verify(model, images, labels, result, eps, batch_size):
         for index in entered.nonzero().squeeze(1).split(batch_size):
             broken_here = result.broken_by[index] == number
             x = images[index].clone()
-            x[broken_here] = result.adversarial[index][broken_here]
+            if number:
+                x[broken_here] = result.adversarial[index][broken_here]
             with torch.no_grad():
                 predicted = model(x.to(device)).argmax(dim=1).cpu()
             wrong = (predicted != labels[index]) != broken_here
