@@ -2,7 +2,7 @@
 
     python eval_autoattack.py runs/cifar/best.pt --data-dir data            # CIFAR test set, four attacks
     python eval_autoattack.py weights-best.pt --arch wrn-28-10 --dataset cifar10         # DM-AT's or RobustBench's file
-    torchrun --nproc-per-node 8 eval_autoattack.py runs/cifar/best.pt       # the same result on eight GPUs
+    torchrun --nproc-per-node 8 -- eval_autoattack.py runs/cifar/best.pt    # the same result on eight GPUs
 
 AutoAttack (Croce & Hein 2020, arXiv 2003.01690; package pyautoattack, by its authors) runs APGD-CE, targeted APGD-DLR, targeted
 FAB and Square, each on the images that survived the ones before. An image counts as robust if it is classified correctly and
