@@ -190,7 +190,8 @@ class Block(nn.Module):
 
 
 class Classifier(nn.Module):
-    """What both architectures share. A subclass has `penultimate`, from normalised images, and `head`."""
+    """What both architectures share. A subclass has `penultimate`, normalised images -> features [B, D], and `head`, features
+    -> logits [B, num_classes]."""
 
     def set_normalisation(self, mean, std):
         """Mean and standard deviation per RGB channel. Not persistent: the state dict keeps DM-AT's and RobustBench's keys."""
@@ -231,7 +232,6 @@ class WideResNet(Classifier):
         return F.silu(self.batchnorm(x)).mean(dim=(2, 3), dtype=torch.float32)
 
     def head(self, features):
-        """features [B, D] -> logits [B, num_classes]."""
         return self.logits(features)
 
 
@@ -248,7 +248,6 @@ class ViT(Classifier, torchvision.models.VisionTransformer):
         return self.encoder(torch.cat([class_token, patches], dim=1))[:, 0]
 
     def head(self, features):
-        """features [B, 768] -> logits [B, num_classes]."""
         return self.heads(features)
 
 
@@ -813,29 +812,35 @@ def load_teacher(args, device):
     if teacher.img_resolution != 32:
         raise InputError(f"--teacher {args.teacher}: made for {teacher.img_resolution} px images, expected 32")
     if teacher.label_dim not in (0, classes) and not args.teacher_unconditional:
-        raise InputError(f"--teacher {args.teacher}: knows {teacher.label_dim} classes, expected {classes} ({args.dataset}); --teacher-unconditional drops the labels")
+        raise InputError(f"--teacher {args.teacher}: knows {teacher.label_dim} classes, expected {classes} ({args.dataset}); "
+                         "--teacher-unconditional drops the labels")
     return teacher.to(device)
 
 
 def print_plan(args, data, model, projectors, teacher, total_steps):
     """What is about to run, in a few lines."""
     count = lambda module: f"{sum(p.numel() for p in module.parameters()) / 1e6:.2f}M parameters"
-    print(f"model      {args.arch}, {DATASETS[args.dataset].classes} classes, {count(model)}; bfloat16 {'on' if args.amp else 'off'}")
     memory = sum(part.images.nbytes for part in (data.parts[0], data.holdout, data.test)) / 2**20
-    print(f"data       {args.dataset}: {data.n_real_images:,} real images to train on, {len(data.holdout):,} held out, {len(data.test):,} for tests; {memory:.0f} MiB on {data.device}")
+    plan = [("model", f"{args.arch}, {DATASETS[args.dataset].classes} classes, {count(model)}; bfloat16 {'on' if args.amp else 'off'}"),
+            ("data", f"{args.dataset}: {data.n_real_images:,} real images to train on, {len(data.holdout):,} held out, "
+                     f"{len(data.test):,} for tests; {memory:.0f} MiB on {data.device}")]
     if args.synthetic:
         where = f"in memory of {data.device}" if data.resident else "left on disk, memory-mapped"
-        print(f"           {data.n_synthetic_images:,} synthetic images in {len(args.synthetic)} file(s), {data.synthetic_bytes / 2**30:.1f} GiB, {where}")
-    print(f"batch      {args.batch_size} = {data.n_real} real + {args.batch_size - data.n_real} synthetic" + (f", over {data.world} processes" if data.world > 1 else ""))
-    print(f"steps      {total_steps:,} = {total_steps / data.steps_per_epoch:g} epochs of {data.steps_per_epoch:,} steps ({data.steps_per_epoch * args.batch_size:,} images)")
-    print(f"attack     TRADES, beta {args.beta:g}, eps {args.eps * 255:g}/255, {args.attack_steps} steps of {args.step_size * 255:g}/255")
-    print(f"optimizer  {args.optimizer}, learning rate {args.lr:g}, weight decay {args.weight_decay:g}, averaging {args.ema_decay:g}")
+        plan += [("synthetic", f"{data.n_synthetic_images:,} images in {len(args.synthetic)} file(s), {data.synthetic_bytes / 2**30:.1f} GiB, {where}")]
+    plan += [("batch", f"{args.batch_size} = {data.n_real} real + {args.batch_size - data.n_real} synthetic, on {data.world} process(es)"),
+             ("steps", f"{total_steps:,} = {total_steps / data.steps_per_epoch:g} epochs of {data.steps_per_epoch:,} steps "
+                       f"({data.steps_per_epoch * args.batch_size:,} images)"),
+             ("attack", f"TRADES, beta {args.beta:g}, eps {args.eps * 255:g}/255, {args.attack_steps} steps of {args.step_size * 255:g}/255"),
+             ("optimizer", f"{args.optimizer}, learning rate {args.lr:g}, weight decay {args.weight_decay:g}, averaging {args.ema_decay:g}")]
     if teacher is None:
-        print("alignment  none: plain adversarial training")
+        plan += [("alignment", "none: plain adversarial training")]
     else:
-        print(f"alignment  lambda {args.dra_weight:g}; teacher {args.teacher or 'random (smoke)'}, {teacher.layer}, {teacher.width} wide, {count(teacher)}, sigma {args.teacher_sigma:g}"
-              + (" and one drawn per image" if args.extra_sigma else "")
-              + (", without labels" if args.teacher_unconditional or not teacher.label_dim else ", with labels") + f"; projector {count(projectors)}", flush=True)
+        sigma = f"sigma {args.teacher_sigma:g}" + " and one drawn per image" * args.extra_sigma
+        labels = "without labels" if args.teacher_unconditional or not teacher.label_dim else "with labels"
+        plan += [("alignment", f"lambda {args.dra_weight:g}; projector {count(projectors)}"),
+                 ("teacher", f"{args.teacher or 'random (smoke)'}: {teacher.layer}, {teacher.width} wide, {count(teacher)}, {sigma}, {labels}")]
+    for name, text in plan:
+        print(f"{name:10} {text}", flush=True)
 
 
 def build_run(args, device, teacher):
@@ -932,7 +937,8 @@ def main(argv=None):
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
     if world > 1:  # two hours, since process 0 may evaluate or download while the others wait
-        dist.init_process_group("nccl" if args.device == "cuda" else "gloo", timeout=timedelta(hours=2), device_id=device if args.device == "cuda" else None)
+        dist.init_process_group("nccl" if args.device == "cuda" else "gloo", timeout=timedelta(hours=2),
+                                device_id=device if args.device == "cuda" else None)
     out = Path(args.out)
     if out.exists() and not out.is_dir():
         raise InputError(f"--out {out}: is a file, expected a folder")
