@@ -11,10 +11,12 @@ none of the four finds an image within eps that is not.
 This script runs the library's own attacks in the library's own order, batch by batch, and keeps each finished batch on disk:
 adversarial images and results. A kill loses at most the batch at work; the same command continues.
 
-How far this equals `AutoAttack.run_standard_evaluation` on the same images, seed and batch size: image by image, bit for bit,
-as far as the model itself computes the same twice. The library seeds its generators anew before every batch of every attack and draws
-from nothing else, so what an attack does to a batch depends on that batch alone; and the batches are the same ones, consecutive
-survivors. That holds after a kill, and for several processes, which share out whole batches. It does not hold for another batch size.
+How far this equals `AutoAttack.run_standard_evaluation` on the same model, images, seed and batch size: image by image, bit for
+bit, as far as the model itself computes the same twice (a CPU with the same number of threads does; on CUDA some kernels, such as attention's
+backward pass, may not). The library seeds its generators anew before every batch of every attack and draws from nothing else, so
+what an attack does to a batch depends on that batch alone; and the batches are the same ones, consecutive survivors. That holds
+after a kill, and for several processes, which share out whole batches. It does not hold for another batch size, nor for a model
+that is random itself (--version rand), whose verdicts cannot be repeated.
 """
 import argparse
 import hashlib
@@ -24,6 +26,7 @@ import logging
 import os
 import sys
 import time
+from datetime import timedelta
 from fractions import Fraction
 from importlib.metadata import version as package_version
 from pathlib import Path
@@ -92,8 +95,10 @@ def parse_args(argv=None):
             raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected at least 1")
     if args.eps is not None and not 0 < args.eps < 1:
         raise InputError(f"--eps {args.eps}: expected more than 0 and less than 1, such as 8/255")
-    if args.seed < 0:
-        raise InputError(f"--seed {args.seed}: expected at least 0")
+    if not 0 <= args.seed < 2**63:
+        raise InputError(f"--seed {args.seed}: expected at least 0 and less than 2^63")
+    if args.attacks and len(set(args.attacks)) < len(args.attacks):
+        raise InputError(f"--attacks {' '.join(args.attacks)}: expected each attack once")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: no CUDA device is available here; use --device cpu")
     return args
@@ -108,32 +113,37 @@ def _raise_input_error(message):
 
 
 def load_classifier(path, arch=None, dataset=None, script=None, weights="averaged"):
-    """A classifier in evaluation mode, frozen, float32, on the CPU: images [B, 3, H, W] in [0, 1] -> logits [B, classes].
+    """A classifier in evaluation mode, frozen, float32, channels-last, on the CPU: images [B, 3, H, W] in [0, 1] -> logits [B, classes].
 
     path: a checkpoint of these scripts, DM-AT's (`model_state_dict`, keys may begin with "module.0.") or RobustBench's (weights bare
     or under `state_dict`). arch and dataset: in place of what the checkpoint says, necessary where it says nothing. script: a
     training script whose `build_model` makes the network, by default the one for the dataset. weights: "averaged" or "raw".
     Loading is strict and runs nothing that is in the file. The returned module has `info`: arch, dataset, weights, num_classes,
-    and args, the settings of the training run ({} in foreign files). Raises InputError, one line that names the file.
+    script, and args, the settings of the training run ({} in foreign files). Raises InputError, one line that names the file.
     """
     saved = read_checkpoint(path)
-    arch, dataset = arch or saved.get("arch"), dataset or saved.get("dataset")
-    if not isinstance(arch, str) or dataset not in BENCHMARKS:
-        raise InputError(f"{path}: does not say its {'arch' if dataset in BENCHMARKS else 'dataset'}; give --arch (such as wrn-28-10) and --dataset")
-    state = choose_weights(path, saved, weights)
-    builder = import_script(script or Path(__file__).with_name(BENCHMARKS[dataset].script))
-    classes = BENCHMARKS[dataset].classes
+    arch, dataset, settings = arch or saved.get("arch"), dataset or saved.get("dataset"), saved.get("args")
+    known = isinstance(dataset, str) and dataset in BENCHMARKS
+    if not known or not isinstance(arch, str):
+        raise InputError(f"{path}: does not say its {'arch' if known else 'dataset'}; give --arch (such as wrn-28-10) and --dataset")
+    state, classes = choose_weights(path, saved, weights), BENCHMARKS[dataset].classes
     if script is None and isinstance(saved.get("num_classes"), int) and saved["num_classes"] != classes:
         raise InputError(f"{path}: classifies into {saved['num_classes']} classes, {dataset} has {classes}")
+    script = Path(script or Path(__file__).with_name(BENCHMARKS[dataset].script))
     last = {"pretrained": False} if dataset == "imagenet" else {"dataset": dataset}
     try:
-        model = builder.build_model(arch, classes, **last)
-    except ValueError as error:
-        raise InputError(f"{path}: {error}") from None
-    check_fit(path, state, model.state_dict(), f"{arch} for {dataset}")
+        model = import_script(script).build_model(arch, classes, **last)
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{path}: {script.name} cannot build it ({error})") from None
+    expected = model.state_dict()
+    for prefix in ("module.", "model.", "0."):  # DataParallel, a wrapper, and DM-AT's Sequential, in this order
+        if state.keys() != expected.keys() and all(name.startswith(prefix) for name in state):
+            state = {name.removeprefix(prefix): value for name, value in state.items()}
+    check_fit(path, state, expected, f"{arch} for {dataset}")
     model.load_state_dict(state, strict=True)
-    model.info = SimpleNamespace(arch=arch, dataset=dataset, weights=weights, num_classes=classes, args=saved.get("args", {}))
-    return model.requires_grad_(False).eval()
+    model.info = SimpleNamespace(arch=arch, dataset=dataset, weights=weights, num_classes=classes, script=script,
+                                 args=settings if isinstance(settings, dict) else {})
+    return model.requires_grad_(False).eval().to(memory_format=torch.channels_last)
 
 
 def read_checkpoint(path):
@@ -151,7 +161,7 @@ def read_checkpoint(path):
 
 
 def choose_weights(path, saved, weights):
-    """The averaged or raw weights of a checkpoint: {parameter name: tensor}, without wrappers' prefixes."""
+    """The averaged or raw weights of a checkpoint: {parameter name: tensor}, names as they are in the file."""
     key = {"averaged": "model_state_dict", "raw": "unaveraged_model_state_dict"}[weights]
     if key in saved:
         state = saved[key]
@@ -159,11 +169,8 @@ def choose_weights(path, saved, weights):
         raise InputError(f"{path}: holds no {weights} weights ({key})")
     else:  # RobustBench
         state = saved.get("state_dict", saved)
-    if not isinstance(state, dict) or not state or not all(isinstance(value, torch.Tensor) for value in state.values()):
+    if not isinstance(state, dict) or not state or not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state.items()):
         raise InputError(f"{path}: holds no dict of tensors under model_state_dict, state_dict or by itself")
-    for prefix in ("module.", "model.", "0."):  # DataParallel, a wrapper, and DM-AT's Sequential, in this order
-        if all(name.startswith(prefix) for name in state):
-            state = {name.removeprefix(prefix): value for name, value in state.items()}
     return state
 
 
@@ -172,6 +179,7 @@ def check_fit(path, state, expected, what):
     problems = [f"lacks {name}" for name in expected if name not in state] + [f"has an unknown {name}" for name in state if name not in expected]
     problems += [f"{name} is {list(state[name].shape)}, expected {list(expected[name].shape)}"
                  for name in expected if name in state and state[name].shape != expected[name].shape]
+    problems += [f"{name} is not finite" for name, value in state.items() if not value.isfinite().all()]
     if problems:
         raise InputError(f"{path}: is no {what}: {problems[0]}" + (f", and {len(problems) - 1} more differences" if len(problems) > 1 else ""))
 
@@ -180,7 +188,7 @@ def import_script(path):
     """A training script as a module. It is the user's own code, named on the command line; a checkpoint cannot name one."""
     path = Path(path)
     if not path.is_file():
-        raise InputError(f"--script {path}: no such file")
+        raise InputError(f"{path}: no such file; --script names the training script that defines the network")
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -198,7 +206,7 @@ def load_images(args, info):
     if info.dataset == "imagenet":
         return load_imagenet(Path(args.data_dir), args.image_list, args.n)
     import train_cifar
-    source = SimpleNamespace(dataset=info.dataset, data_dir=args.data_dir, smoke=info.args.get("smoke", False), seed=info.args.get("seed", 0))
+    source = SimpleNamespace(dataset=info.dataset, data_dir=args.data_dir, smoke=info.args.get("smoke") is True, seed=info.args.get("seed", 0))
     try:
         test = train_cifar.load_real(source, "test").to("cpu", end=args.n)
     except train_cifar.InputError as error:
@@ -206,7 +214,7 @@ def load_images(args, info):
     return test.images.permute(0, 3, 1, 2).contiguous().float() / 255, test.labels.long()
 
 
-def load_imagenet(folder, image_list, n):
+def load_imagenet(folder, image_list, n, num_classes=1000):
     """RobustBench's protocol: shorter side to 256, centre crop 224; the listed images, else all of val/ in order.
 
     Class numbers are the positions of the class folders in sorted order. A listed path is relative to `folder` or to its val/.
@@ -214,12 +222,17 @@ def load_imagenet(folder, image_list, n):
     from torchvision import datasets, transforms
     if not (folder / "val").is_dir():
         raise InputError(f"--data-dir {folder}: has no folder val/")
-    classes = {name: i for i, name in enumerate(sorted(entry.name for entry in (folder / "val").iterdir() if entry.is_dir()))}
+    names = sorted(entry.name for entry in (folder / "val").iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    classes = {name: i for i, name in enumerate(names)}
+    if len(classes) != num_classes:
+        raise InputError(f"--data-dir {folder}: val/ has {len(classes)} class folders, expected {num_classes}")
     if image_list is None:
-        paths = [Path(path) for path, _ in datasets.ImageFolder(folder / "val").samples]
+        paths = [path for name in names for path in sorted((folder / "val" / name).iterdir())]
     else:
-        names = [line.split()[0] for line in Path(image_list).read_text().splitlines() if line.strip()]
-        paths = [folder / name if name.startswith("val/") else folder / "val" / name for name in names]
+        lines = [line.split()[0] for line in Path(image_list).read_text(errors="replace").splitlines() if line.strip()]
+        paths = [folder / line if line.startswith("val/") else folder / "val" / line for line in lines]
+        if len(set(paths)) < len(paths):
+            raise InputError(f"--image-list {image_list}: names an image twice")
     prepare = transforms.Compose([transforms.Resize(256), transforms.CenterCrop(224), transforms.ToTensor()])
     images, labels = [], []
     for path in tqdm(paths[:n], desc="reading images", disable=None):
@@ -267,12 +280,21 @@ def perturb(attacker, attack, x, y):
     elif attack in ("fab", "fab-t"):
         method = attacker.fab
         method.targeted = attack == "fab-t"
-        method.n_restarts = 1 if method.targeted else method.n_restarts
+        method.n_restarts = 5 if attacker.version == "plus" and not method.targeted else 1
     else:
         method = attacker.square
     method.seed = attacker.get_seed()
     with torch.no_grad():
         return method.perturb(x, y)
+
+
+def predict(model, x):
+    """Predicted classes [B] of images x [B, 3, H, W]. Raises VerificationError where a logit is not finite: no attack can work there."""
+    with torch.no_grad():
+        logits = model(x)
+    if not logits.isfinite().all():
+        raise VerificationError("the model's logits are not finite: attacks find nothing on such a model, and their result would mean nothing")
+    return logits.argmax(dim=1)
 
 
 def run_attack(attack, model, attacker, images, labels, survivors, folder, batch_size, flags, rank=0, world=1):
@@ -285,15 +307,15 @@ def run_attack(attack, model, attacker, images, labels, survivors, folder, batch
     device = next(model.parameters()).device
     batches = list(survivors.split(batch_size)) if len(survivors) else []
     files = [folder / f"{attack}_{number:05d}.npz" for number in range(len(batches))]
-    mine = range(rank, len(batches), world)
-    for number in tqdm(mine, desc=f"{attack:8}", unit="batch", disable=None if rank == 0 else True):
-        if files[number].exists():
-            continue
+    missing = [number for number, file in enumerate(files) if not file.exists()]
+    if world > 1:
+        dist.barrier()  # all processes have to see the same ones missing before the first of them adds one
+    for number in tqdm(missing[rank::world], desc=f"{attack:8}", unit="batch", disable=rank > 0):
         index, since = batches[number], time.time()
         x, y = images[index].to(device), labels[index].to(device)
+        torch.manual_seed(attacker.seed)  # the library does so too; this is for models that are random themselves
         adversarial = x if attack == "clean" else perturb(attacker, attack, x.clone(), y.clone())
-        with torch.no_grad():
-            predicted = model(adversarial).argmax(dim=1)
+        predicted = predict(model, adversarial)
         broken = predicted != y
         kept = adversarial[broken] if attack != "clean" else x[:0]
         save_atomically(files[number], index=index.numpy(), predicted=predicted.cpu().numpy(), broken=broken.cpu().numpy(),
@@ -377,18 +399,19 @@ def evaluate(model, images, labels, folder, eps, attacks=None, version="standard
     return result
 
 
-def verify(model, images, labels, result, eps, batch_size):
+def verify(model, images, labels, result, eps, batch_size, random=False):
     """Check the result against the stored images: every x' within eps and in [0, 1], and every verdict by a fresh forward pass.
 
     The forward passes are over batches of the same images as in the attack, x' in place of x where one was found, so that
-    float32 rounding, which can depend on a batch's size, is the same. Raises VerificationError.
+    float32 rounding, which can depend on a batch's size, is the same. Raises VerificationError; of a model that is `random`
+    itself verdicts may differ. Returns how many do.
     """
     distance = (result.adversarial - images).abs().amax(dim=(1, 2, 3))
     if not (distance <= eps + TOLERANCE).all():
         raise VerificationError(f"{int((distance > eps + TOLERANCE).sum())} adversarial images are further than eps {eps:g} away, the furthest {distance.max():g}")
     if not (result.adversarial.min() >= 0 and result.adversarial.max() <= 1):
         raise VerificationError(f"adversarial images leave [0, 1]: {result.adversarial.min():g} to {result.adversarial.max():g}")
-    device = next(model.parameters()).device
+    device, different = next(model.parameters()).device, 0
     for number in range(len(result.attacks) + 1):  # the images that entered stage `number`: 0 is the clean pass
         entered = (result.broken_by >= number) | (result.broken_by == -1)
         for index in entered.nonzero().squeeze(1).split(batch_size):
@@ -396,11 +419,11 @@ def verify(model, images, labels, result, eps, batch_size):
             x = images[index].clone()
             if number:
                 x[broken_here] = result.adversarial[index][broken_here]
-            with torch.no_grad():
-                predicted = model(x.to(device)).argmax(dim=1).cpu()
-            wrong = (predicted != labels[index]) != broken_here
-            if wrong.any():
+            wrong = (predict(model, x.to(device)).cpu() != labels[index]) != broken_here
+            different += int(wrong.sum())
+            if wrong.any() and not random:
                 raise VerificationError(f"{int(wrong.sum())} verdicts do not repeat, the first on image {int(index[wrong][0])}: stored images and results disagree")
+    return different
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -420,34 +443,53 @@ def prepare_folder(folder, settings, rank):
         difference = [f"{name} {there.get(name)} there, {value} now" for name, value in settings.items() if there.get(name) != value]
         if difference:
             raise InputError(f"--out {folder}: holds the results of another evaluation ({'; '.join(difference)}); choose another --out")
-    elif folder.exists() and any(folder.iterdir()) and rank == 0:
+    elif folder.exists() and any(entry.suffix != ".tmp" for entry in folder.iterdir()) and rank == 0:
         raise InputError(f"--out {folder}: is neither empty nor a folder of results; choose another --out")
     elif rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(path, settings)
+    if rank == 0:
+        for left_over in folder.glob("*.tmp"):  # of a process that was killed while writing
+            left_over.unlink()
     return folder
 
 
 def write_json(path, content):
     """Under a temporary name first, then renamed."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
+    with open(temporary, "w") as file:
+        file.write(json.dumps(content, indent=2) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(temporary, path)
 
 
-def write_results(folder, args, info, settings, result, labels):
+def reservations(args, info, settings):
+    """Why this is not RobustBench's number: a list of remarks, empty if it is (as far as a script can tell)."""
+    benchmark, full = BENCHMARKS[info.dataset], FULL_TEST_SET[info.dataset]
+    checks = [(settings["n"] == full and (info.dataset != "imagenet" or args.image_list), f"NOT THE FULL TEST SET of {full:,} images"
+               + (" (--image-list)" if info.dataset == "imagenet" else "")),
+              (args.attacks is None, f"ONLY {' '.join(args.attacks or [])}: not AutoAttack"),
+              (args.version == "standard", f"version {args.version}, not standard"),
+              (settings["eps"] == fraction(benchmark.eps), f"eps is not {benchmark.eps}"),
+              (not args.tf32, "TF32, not float32")]
+    return [remark for passed, remark in checks if not passed]
+
+
+def write_results(folder, args, info, settings, result, labels, different):
     """result.json with RobustBench's fields and ours, and images.npz with the verdict on each image. Returns the former."""
     clean, robust = result.accuracy["clean"], result.accuracy[result.attacks[-1]]
-    complete = args.version == "standard" and args.attacks is None and len(labels) == FULL_TEST_SET[info.dataset]
+    remarks, eps = reservations(args, info, settings), Fraction(settings["eps"]).limit_denominator(1000)
     content = {
-        # RobustBench's fields; what a script cannot know is left for whoever submits it
-        "link": None, "name": None, "authors": None, "venue": None, "additional_data": bool(info.args.get("synthetic")), "number_forward_passes": 1,
-        "dataset": info.dataset, "architecture": info.arch, "eps": str(Fraction(settings["eps"]).limit_denominator(1000)),
-        "clean_acc": f"{clean:.2f}", "reported": f"{robust:.2f}", "autoattack_acc": f"{robust:.2f}" if complete else None,
+        # RobustBench's fields; what a script cannot know is left to whoever submits the result
+        "link": None, "name": None, "authors": None, "venue": None, "number_forward_passes": 1,
+        "additional_data": bool(info.args["synthetic"]) if "synthetic" in info.args else None,
+        "dataset": info.dataset, "architecture": info.arch, "eps": str(eps) if float(eps) == settings["eps"] else repr(settings["eps"]),
+        "clean_acc": f"{clean:.2f}", "reported": None, "autoattack_acc": None if remarks else f"{robust:.2f}",
         # ours
         "robust_accuracy": robust, "robust_accuracy_after": result.accuracy, "seconds": result.seconds, "images": len(labels),
-        "standard_autoattack_on_the_full_test_set": complete, "flags": result.flags, "settings": settings,
-        "torch": torch.__version__, "device": torch.cuda.get_device_name() if args.device == "cuda" else "cpu",
+        "reservations": remarks, "flags": result.flags, "verdicts_not_repeated": different, "settings": settings,
+        "device": torch.cuda.get_device_name() if args.device == "cuda" else "cpu",
     }
     save_atomically(folder / "images.npz", label=labels.numpy(), predicted=result.predicted.numpy(), broken_by=result.broken_by.numpy(),
                     adversarial=result.adversarial.numpy(), stages=np.array(["clean", *result.attacks]))
@@ -459,35 +501,43 @@ def main(argv=None):
     """The command line."""
     args = parse_args(argv)
     rank, world, local = [int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))]
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
     device = torch.device("cuda", local) if args.device == "cuda" else torch.device("cpu")
-    if world > 1:
-        dist.init_process_group("gloo")  # only ever waits for the others: results are exchanged through the folder
-    model = load_classifier(args.checkpoint, args.arch, args.dataset, args.script, args.weights)
+    if args.device == "cuda":
+        if local >= torch.cuda.device_count():
+            raise InputError(f"--device cuda: {torch.cuda.device_count()} GPUs here, too few for process {local}")
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.deterministic = True  # a continued evaluation has to equal an undisturbed one
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
+    if world > 1:  # only ever waits for the others, however long that takes: results are exchanged through the folder
+        dist.init_process_group("gloo", timeout=timedelta(days=7))
+    model = load_classifier(args.checkpoint, args.arch, args.dataset, args.script, args.weights).to(device)
     info = model.info
-    model.to(device, memory_format=torch.channels_last)
+    if local > 0:
+        dist.barrier()  # the first process of each machine goes first: it may have to download
     images, labels = load_images(args, info)
+    if world > 1 and local == 0:
+        dist.barrier()
     eps = fraction(BENCHMARKS[info.dataset].eps) if args.eps is None else args.eps
     digest = lambda data: hashlib.sha256(data).hexdigest()[:16]
     settings = {"checkpoint": digest(Path(args.checkpoint).read_bytes()), "weights": args.weights, "arch": info.arch, "dataset": info.dataset,
-                "images": digest(images.numpy()) + digest(labels.numpy()), "n": len(labels), "norm": "Linf", "eps": eps, "version": args.version,
-                "attacks": args.attacks, "batch_size": args.batch_size, "seed": args.seed, "tf32": args.tf32, "device": args.device,
-                "pyautoattack": package_version("pyautoattack")}
+                "script": digest(info.script.read_bytes()), "images": digest(images.numpy()) + digest(labels.numpy()), "n": len(labels),
+                "norm": "Linf", "eps": eps, "version": args.version, "attacks": args.attacks, "batch_size": args.batch_size, "seed": args.seed,
+                "tf32": args.tf32, "device": args.device, "torch": torch.__version__, "pyautoattack": package_version("pyautoattack")}
     folder = prepare_folder(Path(args.out or f"{args.checkpoint}.autoattack"), settings, rank)
     if rank == 0:
         print(f"{args.checkpoint}: {info.arch}, {args.weights} weights, {info.dataset}, Linf eps {eps * 255:g}/255, {len(labels)} images, "
               f"AutoAttack {args.version} (pyautoattack {settings['pyautoattack']})", flush=True)
-        if len(labels) != FULL_TEST_SET[info.dataset]:
-            print(f"*** NOT THE FULL TEST SET of {FULL_TEST_SET[info.dataset]:,} images: not a number to quote ***", flush=True)
+        for remark in reservations(args, info, settings):
+            print(f"*** {remark}: not a number to quote ***", flush=True)
     if world > 1:
         dist.barrier()
     result = evaluate(model, images, labels, folder, eps, args.attacks, args.version, args.batch_size, args.seed, rank, world)
     if rank == 0:
-        verify(model, images, labels, result, eps, args.batch_size)
-        content = write_results(folder, args, info, settings, result, labels)
-        for flag in result.flags:
-            print(f"*** AutoAttack remarks: {flag}", flush=True)
-        print(f"clean {content['clean_acc']} %, robust {content['reported']} %; verified, {folder / 'result.json'}")
+        different = verify(model, images, labels, result, eps, args.batch_size, random=args.version == "rand")
+        content = write_results(folder, args, info, settings, result, labels, different)
+        for flag in result.flags + [f"{different} verdicts do not repeat: the model is random"] * (different > 0):
+            print(f"*** remark: {flag}", flush=True)
+        print(f"clean {content['clean_acc']} %, robust {content['robust_accuracy']:.2f} %; verified, {folder / 'result.json'}")
     if world > 1:
         dist.barrier()
         dist.destroy_process_group()
