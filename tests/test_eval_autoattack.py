@@ -82,6 +82,34 @@ def test_equals_the_library_image_by_image(images, labels, undisturbed):
     assert undisturbed.accuracy["clean"] == 80 and undisturbed.attacks == ["apgd-ce", "apgd-t", "fab-t", "square"]
 
 
+@pytest.mark.parametrize("version", ["plus", "rand"])
+def test_other_versions_equal_the_librarys(images, labels, tmp_path, version):
+    some, few = images[:6], labels[:6]
+    library = pyautoattack.AutoAttack(tiny_model(), norm="Linf", eps=EPS, version=version, seed=0)
+    adversarial, predicted = library.run_standard_evaluation(some, few, batch_size=4)
+    result = evaluate(tiny_model(), some, few, tmp_path, EPS, version=version, batch_size=4)
+    assert torch.equal(result.adversarial, adversarial) and torch.equal(result.predicted, predicted)
+    assert len(result.attacks) == {"plus": 6, "rand": 2}[version]
+
+
+def test_a_random_model_is_remarked_upon_and_judged_by_rand(images, labels, tmp_path):
+    class Random(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = tiny_model()
+
+        def forward(self, x):
+            return self.model(x) + 0.3 * torch.randn(len(x), 10)
+    for version in ("standard", "rand"):
+        (tmp_path / version).mkdir()
+        result = evaluate(Random(), images[:8], labels[:8], tmp_path / version, EPS, attacks=["apgd-ce"], version=version, batch_size=8)
+        assert any("randomized" in flag for flag in result.flags) == (version == "standard")
+    verify(Random(), images[:8], labels[:8], result, EPS, 8, random=True)
+    with pytest.raises(VerificationError, match="do not repeat"):
+        for _ in range(50):  # it is random: some repetition will disagree
+            verify(Random(), images[:8], labels[:8], result, EPS, 8)
+
+
 def test_a_killed_evaluation_continues_to_the_same_result(images, labels, undisturbed, tmp_path, monkeypatch):
     write, count = eval_autoattack.save_atomically, 0
 
