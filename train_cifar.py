@@ -863,7 +863,10 @@ def train(args, data, teacher, run, out, total_steps):
     main_process, first_step, best = data.rank == 0, 0, -1.0
     last_checkpoint = next((out / name for name in ("last.pt", "best.pt") if (out / name).exists()), None)
     if last_checkpoint:
-        first_step, best = restore(last_checkpoint, args, run)
+        if (out / "best.pt").exists():  # first for its score: it may be newer than last.pt, and a repetition on CUDA need not reach it
+            best = restore(out / "best.pt", args, run)[1]
+        first_step, saved_best = restore(last_checkpoint, args, run)
+        best = max(best, saved_best)
         if main_process and last_checkpoint.name == "best.pt":  # there may be no step left that would write last.pt
             save_atomically(checkpoint(args, run, first_step, best), out / "last.pt")
     if main_process:

@@ -82,6 +82,16 @@ def test_without_last_pt_a_run_continues_from_best_pt(finished, tmp_path):
     assert_same(tmp_path / "last.pt", finished / "last.pt")
 
 
+def test_a_better_best_pt_than_last_pt_knows_is_kept(finished, tmp_path):
+    """As after a kill between the two writes, where repeating the steps (on CUDA) does not reach the same score."""
+    early = torch.load(finished / "last.pt", weights_only=True) | {"step": 6, "best": -1.0}
+    torch.save(early, tmp_path / "last.pt")
+    torch.save(torch.load(finished / "best.pt", weights_only=True) | {"best": 100.0}, tmp_path / "best.pt")
+    before = (tmp_path / "best.pt").read_bytes()
+    main([*EIGHT_STEPS, "--out", str(tmp_path)])
+    assert (tmp_path / "best.pt").read_bytes() == before and torch.load(tmp_path / "last.pt", weights_only=True)["best"] == 100.0
+
+
 def test_other_settings_on_the_same_folder_are_refused_with_the_difference(finished):
     before = {path: path.read_bytes() for path in finished.iterdir()}
     with pytest.raises(InputError, match="beta 5.0 there, 6.0 now"):
