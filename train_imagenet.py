@@ -1,0 +1,990 @@
+"""Adversarial training with diffusion representation alignment (DRA) on ImageNet, in one file.
+
+Paper: "Expanding the Role of Diffusion Models for Robust Classifier Training", arXiv 2602.19931. A diffusion model helps
+twice: its synthetic images are training data (DM-AT, arXiv 2302.04638), and its features are what the classifier's own
+features of the attacked image have to resemble. At test time the classifier stands alone and costs nothing extra.
+
+    L        = L_TRADES + lambda * L_DRA                              (eq. 4)
+    L_TRADES = CE(f(x), y) + beta * KL(p(x) || p(x'))                 x' = the attacked image, |x' - x| <= eps
+    L_DRA    = -cos(h(enc(x')), g(x_t, t, y))                         (eq. 3)
+               enc: the classifier's penultimate features; h: a small MLP, trained along and then thrown away;
+               g: features of a frozen diffusion model for the CLEAN image x noised to time t (dit_encoder.py)
+
+This is train_cifar.py for large images: the same sections and names, so `diff train_cifar.py train_imagenet.py` shows what
+differs. A backbone from timm with DINOv3's pretrained weights is fine-tuned as a whole; the teacher is LightningDiT. These
+backbones have no batch norm, so one forward of clean and attacked images together is exact, and so is accumulating gradients.
+
+Try it in under two minutes on a CPU, without data or downloads (a ViT, then a ConvNeXt with cached targets):
+
+    python train_imagenet.py --smoke
+
+The paper's ImageNet row "DM-AT+DRA, ViT-B/16" (paper: 76.87 % clean, 55.16 % AutoAttack) is the default, and its ConvNeXt-B
+row (paper: 76.03 / 56.07) differs by the name of the backbone:
+
+    torchrun --nproc-per-node 8 train_imagenet.py --data imagenet --synthetic lightningdit-4m --teacher DIT.pt VAE.pt STATS.pt
+    torchrun --nproc-per-node 8 train_imagenet.py --arch convnext_base.dinov3_lvd1689m --out runs/convnext ...
+
+A run writes last.pt, best.pt (best robust accuracy on held-out training images) and log.csv to --out. The same command
+again continues it: every random draw is a function of (seed, step), so no generator's state has to be saved.
+"""
+import argparse
+import contextlib
+import copy
+import csv
+import hashlib
+import json
+import math
+import os
+import sys
+import time
+from datetime import timedelta
+from fractions import Fraction
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import timm
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+from torchvision import transforms
+from torchvision.datasets import ImageFolder
+from tqdm import tqdm
+
+from dit_encoder import DiTEncoder, LightningDiT, VAEEncoder, load_dit_encoder
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Settings. "stated": in the paper. "inherited": from DM-AT, whose recipe the paper builds on. "chosen": by us.
+# The flags in `parse_args` are what one changes to reproduce the paper; the constants here are the rest of the recipe.
+
+LION_BETAS = (0.9, 0.99)  # Lion's own paper, arXiv 2302.06675
+WARMUP = 0.025  # share of all steps with a rising learning rate; weight averaging starts where it ends (inherited)
+RESIZE = 256 / 224  # shorter side over centre crop in evaluations, RobustBench's protocol
+HOLDOUT = 1024  # training images, evenly spaced, kept out of training to pick best.pt (inherited); at most a tenth of the data
+SELECTION_STEPS = 40  # steps of the margin-loss attack on them (inherited)
+PROJECTOR_WIDTH = 2048  # hidden width of h; REPA's, arXiv 2410.06940 (the paper states three layers)
+ZERO_CHANNELS, TEACHER_HEADS, TEACHER_SIZE = (1053, 259), 16, 256  # LightningDiT-XL/1's (the channels: stated)
+CACHE_CHUNK = 256  # images whose cached targets are computed and written together
+TABLE_STEPS, TABLE_IMAGES = 10, 1024  # PGD for the closing table, a quick look and no result: AutoAttack is the judge
+LOG_EVERY = 50  # steps
+
+
+def one_line(error):
+    """The first line of an error's message, printable: it may quote a file."""
+    return ascii((str(error).splitlines() or [""])[0])[1:-1][:200] or type(error).__name__
+
+
+class InputError(ValueError):
+    """Something that the user gave cannot be used. One line; the command line prints it and exits with code 2."""
+
+
+def number(kind=float, at_least=-math.inf, above=-math.inf, below=math.inf):
+    """An argparse type: a number in that range, also written as a fraction, such as 8/255."""
+    def parse(text):
+        try:
+            value = kind(Fraction(text))
+        except (ValueError, ZeroDivisionError, OverflowError):
+            value = math.nan
+        if not at_least <= value < below or value <= above or (kind is int and value != Fraction(text)):
+            bounds = [f"{word} {bound:g}" for word, bound in (("at least", at_least), ("above", above), ("below", below)) if math.isfinite(bound)]
+            raise argparse.ArgumentTypeError(f"{text}: expected {'a whole number' if kind is int else 'a number such as 8/255'}, {' and '.join(bounds)}")
+        return value
+    return parse
+
+
+def parse_args(argv=None):
+    """Command line -> Namespace. Raises InputError for a flag that is unknown or out of range."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
+    parser.error = _raise_input_error  # one line and exit code 2, without the usage text
+    add, share, positive, count = parser.add_argument, number(at_least=0, below=1), number(above=0, below=1e6), number(int, at_least=1, below=1e9)
+    add("--smoke", action="store_true", help="tiny runs on drawn images with a random teacher: under two minutes on a CPU, needs no files")
+    # Data
+    add("--data", default="imagenet", help="folder with train/ and val/, in each a folder of images per class")
+    add("--synthetic", metavar="DIR", help="synthetic images: a folder with class folders of the same names")
+    add("--synthetic-fraction", type=share, help="their share of each batch, 0.7 if not given (inherited: DM-AT's for its smaller sets)")
+    add("--image-size", type=number(int, at_least=32, below=4096), default=224, help="of the random resized crop, in pixels (RobustBench's standard, stated by reference)")
+    add("--workers", type=number(int, at_least=0, below=1024), default=min(16, os.cpu_count() or 1), help="processes that read images, for each training process")
+    # Model and optimisation
+    add("--arch", default="vit_base_patch16_dinov3.lvd1689m", help="name of a timm model without batch norm, such as convnext_base.dinov3_lvd1689m")
+    add("--no-pretrained", action="store_true", help="start from random weights (default: timm's pretrained ones)")
+    add("--epochs", type=count, default=100, help="of ceil(real training images / batch size) steps, whatever the synthetic data (stated)")
+    add("--max-steps", type=count, help="total number of steps, in place of --epochs")
+    add("--batch-size", type=number(int, at_least=2, below=1e9), default=1024, help="over all processes (chosen: the paper's for its ViT on CIFAR)")
+    add("--accumulate", type=count, default=1, help="compute each batch in this many pieces, for less memory; the result is the same up to rounding")
+    add("--lr", type=positive, default=1e-5, help="peak learning rate of Lion (chosen)")
+    add("--weight-decay", type=number(at_least=0, below=1e6), default=0.5, help="none on biases and normalisation layers (chosen: the paper's for its ViT on CIFAR)")
+    add("--ema-decay", type=share, default=0.995, help="weight averaging tau (inherited)")
+    add("--label-smoothing", type=share, default=0.1, help="in the cross-entropy (inherited)")
+    # Attack
+    add("--beta", type=number(at_least=0, below=1e6), default=5.0, help="weight of TRADES' KL term (chosen: DM-AT's)")
+    add("--eps", type=share, default="4/255", help="largest change of a pixel in [0,1] (RobustBench's standard, stated by reference)")
+    add("--step-size", type=positive, default="2/255", help="of the attack (chosen)")
+    add("--attack-steps", type=count, default=3, help="PGD steps in training (stated)")
+    # Diffusion representation alignment
+    add("--dra-weight", type=number(at_least=0, below=1e6), default=1.0, help="lambda in eq. (4); 0 is plain adversarial training and needs no teacher (chosen)")
+    add("--teacher", nargs=3, metavar=("DIT", "VAE", "STATS"), help="LightningDiT-XL/1, VA-VAE and latents_stats.pt (stated: the model that drew the synthetic images)")
+    add("--teacher-t", type=number(above=0, below=1.000001), default=0.9, help="time for the teacher: 1 is the clean image, 0 pure noise (chosen)")
+    add("--teacher-layer", type=number(int, at_least=0, below=1e9), default=14, help="block whose input is the target (stated)")
+    add("--teacher-unconditional", action="store_true", help="do not tell the teacher the label")
+    add("--cache-targets", metavar="DIR", help="compute the targets once, of each image's centre crop and its mirror image, and keep them there; "
+                                               "the default computes them in every step, of the augmented image (as in the paper)")
+    # Running
+    add("--out", default="runs/imagenet", help="folder for last.pt, best.pt and log.csv")
+    add("--seed", type=number(int, at_least=0, below=2**63), default=0, help="of every random draw")
+    add("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu", help="where to run")
+    add("--no-amp", action="store_true", help="float32 throughout (default on CUDA: backbone and teacher in bfloat16)")
+    add("--no-compile", action="store_true", help="no torch.compile (default on CUDA: compiled)")
+    add("--eval-every", type=positive, default=5, help="epochs between evaluations of the averaged model on the held-out images")
+    add("--save-every", type=positive, default=1, help="epochs between checkpoints")
+    add("--dry-run", action="store_true", help="print the plan and stop")
+    if "--smoke" in (sys.argv[1:] if argv is None else argv):  # small enough for two CPU cores; any flag still beats these
+        parser.set_defaults(data=None, arch=None, no_pretrained=True, image_size=160, epochs=4, batch_size=32, lr=2e-3, weight_decay=0.01,
+                            teacher_layer=1, workers=2, out="runs/imagenet-smoke", device="cpu")
+    args = parser.parse_args(argv)
+
+    # What depends on other flags.
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: no CUDA device is available here; use --device cpu")
+    if args.synthetic_fraction and not args.synthetic and not args.smoke:
+        raise InputError("--synthetic-fraction: expected --synthetic DIR with it")
+    if args.dra_weight == 0:  # plain adversarial training: what is said of the teacher does not matter
+        args.teacher, args.cache_targets = None, None
+    elif args.teacher is None and not args.smoke:
+        raise InputError("--teacher: expected LightningDiT's, VA-VAE's and the latent statistics' file (the README says where they are), "
+                         "or --dra-weight 0 for plain adversarial training")
+    args.amp = args.device == "cuda" and not args.no_amp
+    return args
+
+
+def _raise_input_error(message):
+    raise InputError(message)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Model. `model(images)` gives logits, `model.features(images)` penultimate features [B, D], and `model.head` leads from one
+# to the other. Images are in [0, 1]: the normalisation is inside, as AutoAttack needs it.
+
+
+class Classifier(nn.Module):
+    """A timm backbone with its normalisation inside."""
+
+    def __init__(self, backbone):
+        super().__init__()
+        self.backbone = backbone
+        self.register_buffer("mean", torch.tensor(backbone.pretrained_cfg["mean"]).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(backbone.pretrained_cfg["std"]).view(3, 1, 1), persistent=False)
+        self.amp = False  # bfloat16 in the backbone
+
+    def features(self, images):
+        """images [B, 3, H, W] in [0, 1] -> penultimate features [B, D] float32: autocast ends here, logits stay float32."""
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.amp):
+            tokens = self.backbone.forward_features((images - self.mean) / self.std)  # ViT [B, T, D], ConvNeXt [B, D, h, w]
+            return self.backbone.forward_head(tokens, pre_logits=True).float()  # pooled
+
+    def head(self, features):
+        return self.backbone.get_classifier()(features)
+
+    def forward(self, images):
+        """images [B, 3, H, W] in [0, 1] -> logits [B, num_classes]."""
+        return self.head(self.features(images))
+
+
+def build_model(arch, num_classes, pretrained):
+    """A classifier for images [B, 3, H, W] in [0, 1]; what is not pretrained is drawn from torch's global generator.
+
+    arch: a timm model's name, such as "vit_base_patch16_dinov3.lvd1689m"; pretrained: with timm's weights, downloaded on first
+    use. Pooled by the mean over patches or positions (chosen; said explicitly, since timm's default differs between models).
+    Raises InputError for an unknown name, weights that cannot be had, or a model with batch norm.
+    """
+    try:
+        backbone = timm.create_model(arch, pretrained=pretrained, num_classes=num_classes, global_pool="avg")
+    except Exception as error:  # timm and its hub raise errors of many kinds
+        raise InputError(f"--arch {arch}: timm cannot build it{' with its pretrained weights' * pretrained} ({one_line(error)})") from None
+    if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in backbone.modules()):
+        raise InputError(f"--arch {arch}: has batch norm, expected a model without, such as a ViT or ConvNeXt: here clean and attacked images share a forward")
+    return Classifier(backbone)
+
+
+def build_projector(in_width, out_width):
+    """h in eq. (3): classifier features [B, in_width] -> teacher's space [B, out_width]. Three layers (stated), SiLU as in REPA."""
+    return nn.Sequential(nn.Linear(in_width, PROJECTOR_WIDTH), nn.SiLU(), nn.Linear(PROJECTOR_WIDTH, PROJECTOR_WIDTH), nn.SiLU(),
+                         nn.Linear(PROJECTOR_WIDTH, out_width))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Attack and losses
+
+
+def pgd(loss, images, start, eps, step_size, steps):
+    """Projected gradient ascent on loss(x') over the l-infinity ball around `images` and the pixel range (eq. 2).
+
+    images, start [B, 3, H, W] in [0, 1], start within eps of images; loss: images -> scalar. Returns x', same shape, detached.
+    """
+    adv = start
+    for _ in range(steps):
+        with torch.enable_grad():
+            adv = adv.detach().requires_grad_()
+            (gradient,) = torch.autograd.grad(loss(adv), [adv])
+        adv = adv.detach() + step_size * gradient.sign()
+        adv = adv.clamp(images - eps, images + eps).clamp(0, 1)
+    return adv.detach()
+
+
+@contextlib.contextmanager
+def attack_mode(model):
+    """While attacking: no weight gradient is computed (or compiled)."""
+    weights = [p for p in model.parameters() if p.requires_grad]
+    for weight in weights:
+        weight.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for weight in weights:
+            weight.requires_grad_(True)
+
+
+def kl_divergence(clean_logits, adv_logits, reduction):
+    """KL(p(x) || p(x')) from logits [B, classes]. Log-probabilities on both sides: with plain ones the gradient into the
+    clean logits is NaN as soon as one of them underflows."""
+    clean_log_p, adv_log_p = clean_logits.float().log_softmax(dim=1), adv_logits.float().log_softmax(dim=1)
+    return F.kl_div(adv_log_p, clean_log_p, reduction=reduction, log_target=True)
+
+
+def trades_attack(model, images, start, eps, step_size, steps):
+    """The adversary of TRADES as in DM-AT: x' within eps of x that maximises KL(p(x) || p(x')), p(x) held fixed.
+
+    images [B, 3, H, W] in [0, 1]; start: the first x', same shape, U(-eps, eps) around images and clamped to [0, 1].
+    Returns x' [B, 3, H, W] in [0, 1], detached.
+    """
+    with attack_mode(model):
+        with torch.no_grad():
+            clean_logits = model(images)
+        return pgd(lambda adv: kl_divergence(clean_logits, model(adv), "sum"), images, start, eps, step_size, steps)
+
+
+def trades_loss(clean_logits, adv_logits, labels, beta, label_smoothing):
+    """L_TRADES = CE(f(x), y) + beta * KL(p(x) || p(x')), mean over the batch; gradients flow into both (arXiv 1901.08573).
+
+    clean_logits, adv_logits [B, classes], labels [B] int64. Returns a float32 scalar.
+    """
+    cross_entropy = F.cross_entropy(clean_logits.float(), labels, label_smoothing=label_smoothing)
+    return cross_entropy + beta * kl_divergence(clean_logits, adv_logits, "batchmean")
+
+
+def dra_loss(projected, target):
+    """L_DRA = -cos(h(enc(x')), g(x_t, t, y)), mean over the batch (eq. 3): -1 where the directions agree.
+
+    projected, target [B, width]; no gradient flows into target. Returns a float32 scalar in [-1, 1].
+    """
+    return -F.cosine_similarity(projected.float(), target.detach().float(), dim=1).mean()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Optimisation
+
+
+class Lion(torch.optim.Optimizer):
+    """Lion (arXiv 2302.06675): the sign of an interpolated momentum, with decoupled weight decay."""
+
+    def __init__(self, params, lr, weight_decay=0.0, betas=LION_BETAS):
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "betas": betas})
+
+    @torch.no_grad()
+    def step(self):
+        """Update every parameter that has a gradient."""
+        for group in self.param_groups:
+            beta1, beta2 = group["betas"]
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                if not self.state[p]:
+                    self.state[p]["momentum"] = torch.zeros_like(p)
+                momentum = self.state[p]["momentum"]
+                update = momentum.lerp(p.grad, 1 - beta1).sign_()
+                p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update, alpha=group["lr"])
+                momentum.lerp_(p.grad, 1 - beta2)
+
+
+def build_optimizer(args, *modules):
+    """Lion over all parameters of `modules`, without weight decay on biases, normalisation layers and layer scales (timm's custom)."""
+    parameters = [p for module in modules for p in module.parameters()]
+    groups = [{"params": [p for p in parameters if p.ndim > 1]}, {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0}]
+    return Lion(groups, lr=args.lr, weight_decay=args.weight_decay)
+
+
+def learning_rate(step, total_steps, peak):
+    """Linear rise over the first 2.5 % of the steps, then half a cosine down to 0. step counts from 0."""
+    warmup = int(WARMUP * total_steps)
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total_steps - warmup)))
+
+
+def averaging_decay(step, warmup_steps, tau):
+    """Share of the old average that stays after step `step` (from 0): none during the warm-up, then rising to tau (DM-AT)."""
+    since = step + 1 - warmup_steps
+    return 0.0 if since < 0 else min(tau, (1 + since) / (10 + since))
+
+
+@torch.no_grad()
+def update_average(averaged, model, decay):
+    """averaged <- decay * averaged + (1 - decay) * model; buffers are copied, never shared."""
+    torch._foreach_lerp_(list(averaged.parameters()), list(model.parameters()), 1 - decay)
+    for mine, live in zip(averaged.buffers(), model.buffers()):
+        mine.copy_(live)
+
+
+def average_gradients(parameters):
+    """Mean gradient over all processes. By hand rather than by DistributedDataParallel: a step costs 13 forward passes, so there is
+    little to gain from overlapping, and the accumulated pieces of a batch need no special care."""
+    if not dist.is_initialized():
+        return
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    flat = torch.cat([g.flatten() for g in gradients])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients])):
+        gradient.copy_(mean.view_as(gradient))
+
+
+def train_step(model, averaged, projectors, teacher, optimizer, batch, decay, args):
+    """One optimisation step, in the paper's order. Deterministic: all randomness is in `batch` (see `Data.batch`).
+
+    batch.images [B, 3, H, W] in [0, 1], batch.labels [B], batch.start like images, and for alignment either batch.target
+    [B, width] from the cache or batch.teacher_noise [B, *latent_shape]; decay: see `averaging_decay`; args: eps, step_size,
+    attack_steps, beta, label_smoothing, dra_weight, teacher_t, teacher_unconditional, accumulate. projectors: one, or none
+    without alignment. Returns detached scalars by name, left on the device.
+    """
+    model.train()
+    optimizer.zero_grad(set_to_none=True)
+    numbers = []
+    for part in split_batch(batch, args.accumulate):  # exact up to rounding: nothing in these models mixes images
+        images, labels = part.images, part.labels
+
+        # The inner maximisation of eq. (1), by the PGD of eq. (2): x' starts at U(-eps, eps) around x.
+        adv = trades_attack(model, images, part.start, args.eps, args.step_size, args.attack_steps)
+
+        # L_TRADES. One forward for clean and adversarial images together.
+        features = model.features(torch.cat([images, adv]))  # [2B, D]
+        clean_logits, adv_logits = model.head(features).chunk(2)
+        adv_features = features[len(images):]  # enc(x'), [B, D]
+        trades = trades_loss(clean_logits, adv_logits, labels, args.beta, args.label_smoothing)
+
+        # L_DRA, eq. (3): the projected features of x' against the teacher's of the clean x.
+        alignment = trades.new_zeros(())
+        for projector in projectors:
+            target = part.target  # [B, width]
+            if target is None:
+                with torch.no_grad():
+                    target = teacher(images, None if args.teacher_unconditional else labels, args.teacher_t, part.teacher_noise)
+            alignment = dra_loss(projector(adv_features), target)
+
+        loss = trades + args.dra_weight * alignment  # eq. (4)
+        (loss / args.accumulate).backward()
+        with torch.no_grad():
+            clean, robust = [(logits.argmax(dim=1) == labels).float().mean() for logits in (clean_logits, adv_logits)]
+        numbers.append(torch.stack([loss.detach(), trades.detach(), -alignment.detach(), clean, robust]))
+    average_gradients([p for group in optimizer.param_groups for p in group["params"]])
+    optimizer.step()
+    update_average(averaged, model, decay)
+    names = ("loss", "trades", "cosine", "train_clean", "train_robust")
+    return {name: value for name, value in zip(names, torch.stack(numbers).mean(dim=0)) if name != "cosine" or len(projectors)}
+
+
+def split_batch(batch, pieces):
+    """A batch's tensors, cut into that many pieces of equal size; what is None stays so."""
+    columns = {name: [None] * pieces if value is None else value.chunk(pieces) for name, value in vars(batch).items()}
+    return [SimpleNamespace(**{name: column[i] for name, column in columns.items()}) for i in range(pieces)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data: disk -> one augmented batch on the device. Every draw is a function of (seed, step). What is drawn on the device is drawn
+# for the whole batch, and each process takes its share.
+
+
+def random_seed(seed, position, purpose):
+    """A number that depends on (seed, position, purpose) alone. position: an int or several; purpose: a short text."""
+    mixed = np.random.SeedSequence([seed, *np.atleast_1d(position).tolist(), *purpose.encode()]).generate_state(1, np.uint64)[0]
+    return int(mixed >> np.uint64(1))
+
+
+def generator(seed, position, purpose, device="cpu"):
+    """A random generator that depends on (seed, position, purpose) alone. position: a step, pass or image number."""
+    return torch.Generator(device).manual_seed(random_seed(seed, position, purpose))
+
+
+class Folder:
+    """The images under class folders, in sorted order. Names and labels are two compact arrays: Python objects, millions of them,
+    would be copied bit by bit into each process that reads images."""
+
+    def __init__(self, path):
+        try:
+            found = ImageFolder(path)
+        except OSError as error:
+            raise InputError(f"{path}: expected a folder with a folder of images for each class ({one_line(error)})") from None
+        self.path, self.classes = path, found.classes
+        self.names = np.array([os.fsencode(name[len(os.path.join(path, "")):]) for name, _ in found.samples])  # relative
+        self.labels = np.array(found.targets)
+
+    def __len__(self):
+        return len(self.labels)
+
+    def read(self, index):
+        """Image number `index` as a PIL image in RGB. Raises InputError, naming the file, where it is no image."""
+        path = os.path.join(self.path, os.fsdecode(self.names[index]))
+        try:
+            with Image.open(path) as image:
+                return image.convert("RGB")
+        except Exception as error:  # a damaged file can fail in any way
+            raise InputError(f"{path}: cannot be read as an image ({one_line(error)})") from None
+
+    def digest(self, sizes=False):
+        """A fingerprint of the class and file names, with `sizes` also of the files' sizes."""
+        digest = hashlib.sha256("/".join(self.classes).encode(errors="surrogateescape"))
+        digest.update(b"/".join(self.names.tolist()))
+        if sizes:
+            digest.update(np.array([os.path.getsize(os.path.join(os.fsencode(self.path), name)) for name in self.names.tolist()]).tobytes())
+        return digest.hexdigest()[:16]
+
+
+def open_folder(path, classes):
+    """A Folder with exactly these classes. Raises InputError where it has others."""
+    folder = Folder(path)
+    if folder.classes != classes:
+        different = sorted(set(folder.classes) ^ set(classes))
+        raise InputError(f"{path}: has {len(folder.classes)} class folders, expected the {len(classes)} of train/ (differs in {different[0]})")
+    return folder
+
+
+def to_pixels(image):
+    """PIL image -> uint8 [3, H, W]"""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+
+class Augmented(torch.utils.data.Dataset):
+    """Training images by (step, slot in the batch, number): a random resized crop and flip that depend on (seed, step, slot)."""
+
+    def __init__(self, folders, args):
+        self.folders, self.seed, self.cache, self.targets = folders, args.seed, args.cache_targets, None
+        self.crop = transforms.RandomResizedCrop(args.image_size)
+
+    def __getitem__(self, key):
+        """-> image uint8 [3, H, W], label, cached target float16 [width] (empty without a cache)."""
+        step, slot, index = key
+        folder, number = (self.folders[0], index) if index < len(self.folders[0]) else (self.folders[1], index - len(self.folders[0]))
+        image = folder.read(number)
+        with torch.random.fork_rng(devices=[]):  # torchvision draws from torch's global generator
+            torch.manual_seed(random_seed(self.seed, (step, slot), "augment"))
+            image, flip = self.crop(image), int(torch.rand(()) < 0.5)
+        pixels = to_pixels(image)
+        if self.cache and self.targets is None:  # opened here, in the process that reads
+            self.targets = np.load(Path(self.cache, "targets.npy"), mmap_mode="r")
+        target = torch.zeros(0) if self.targets is None else torch.from_numpy(self.targets[index, flip].copy())
+        return pixels.flip(2) if flip else pixels, int(folder.labels[number]), target
+
+
+class Centred(torch.utils.data.Dataset):
+    """Images by number, resized and cropped at the centre: for evaluations and cached targets."""
+
+    def __init__(self, folders, numbers, size, resize):
+        self.folders, self.numbers = folders, numbers
+        self.crop = transforms.Compose([transforms.Resize(resize), transforms.CenterCrop(size)])
+
+    def __len__(self):
+        return len(self.numbers)
+
+    def __getitem__(self, i):
+        """-> image uint8 [3, size, size], label, number."""
+        index = int(self.numbers[i])
+        folder, number = (self.folders[0], index) if index < len(self.folders[0]) else (self.folders[1], index - len(self.folders[0]))
+        return to_pixels(self.crop(folder.read(number))), int(folder.labels[number]), index
+
+
+def draw_smoke_folders(path, seed):
+    """An ImageNet in small, train/, val/ and synthetic/ with JPEG files, that a tiny network learns in a minute: horizontal and
+    vertical waves, each in red and in blue, with random phase, frequency and contrast, and noise."""
+    for split, count in (("train", 96), ("val", 16), ("synthetic", 48)):
+        for label in range(4):
+            folder = path / split / f"class{label}"
+            folder.mkdir(parents=True, exist_ok=True)
+            rng = np.random.default_rng([seed, label, *split.encode()])
+            for i in range(count):
+                wave = np.sin(2 * np.pi * (rng.uniform(3, 6) * np.arange(176) / 176 + rng.uniform()))
+                wave = wave[:, None, None] if label < 2 else wave[None, :, None]
+                colour = (1, 0.3, 0) if label % 2 else (0, 0.3, 1)
+                image = 0.5 + rng.uniform(0.25, 0.45) * wave * colour + rng.normal(0, 0.05, (176, 176, 3))
+                Image.fromarray((image.clip(0, 1) * 255).astype(np.uint8)).save(folder / f"{i:03}.jpg")
+
+
+class Data:
+    """Real and synthetic training images, held-out and validation images, and the batches drawn from them."""
+
+    def __init__(self, args, device, rank=0, world=1):
+        self.args, self.device, self.rank, self.world = args, device, rank, world
+        real = Folder(os.path.join(args.data, "train"))
+        self.classes = real.classes
+        validation = open_folder(os.path.join(args.data, "val"), self.classes)
+        self.folders = [real] + [open_folder(args.synthetic, self.classes)] * bool(args.synthetic)  # images are numbered through both
+        held = np.unique(np.linspace(0, len(real) - 1, min(HOLDOUT, len(real) // 10)).astype(int))
+        if not len(held):
+            raise InputError(f"--data {args.data}: has {len(real)} training images, expected at least 10")
+        crop = args.image_size, round(args.image_size * RESIZE)
+        self.holdout = Centred(self.folders, held, *crop)
+        self.test = Centred([validation], np.unique(np.linspace(0, len(validation) - 1, TABLE_IMAGES).astype(int)), *crop)
+        self.real = torch.from_numpy(np.setdiff1d(np.arange(len(real)), held))  # numbers of those to train on
+        self.n_real_images, self.n_synthetic_images = len(self.real), sum(map(len, self.folders[1:]))
+        self.steps_per_epoch = math.ceil(len(real) / args.batch_size)  # DM-AT: whatever the synthetic data
+        args.images = " ".join(folder.digest() for folder in self.folders)  # a continued run has to find the same
+
+        if args.synthetic and args.synthetic_fraction is None:
+            args.synthetic_fraction = 0.7
+        self.n_real = int(args.batch_size * (1 - (args.synthetic_fraction or 0)))  # per batch; the others are synthetic
+        if not 1 <= self.n_real <= self.n_real_images:
+            raise InputError(f"--batch-size {args.batch_size}: has {self.n_real} real images, expected 1 to {self.n_real_images}, all there are")
+        if args.batch_size % (world * args.accumulate):
+            raise InputError(f"--batch-size {args.batch_size}: expected a multiple of {world * args.accumulate} ({world} processes, --accumulate {args.accumulate})")
+        self.permutation = (None, None)  # number of the current pass over the real images, and its order
+
+    def draw_indices(self, step):
+        """Which images the step's global batch holds: int64 [batch_size], numbered through `folders`.
+
+        Real ones are consecutive pieces of reshuffled passes over all of them; synthetic ones are drawn with replacement.
+        """
+        seed, index = self.args.seed, []
+        position, end = step * self.n_real, (step + 1) * self.n_real
+        while position < end:  # a batch may end one pass and begin the next
+            number, offset = divmod(position, self.n_real_images)
+            if self.permutation[0] != number:
+                self.permutation = number, torch.randperm(self.n_real_images, generator=generator(seed, number, "pass"))
+            index.append(self.real[self.permutation[1][offset:offset + end - position]])
+            position += len(index[-1])
+        if self.n_synthetic_images:
+            shape = (self.args.batch_size - self.n_real,)
+            index.append(len(self.folders[0]) + torch.randint(self.n_synthetic_images, shape, generator=generator(seed, step, "synthetic")))
+        return torch.cat(index)
+
+    def load(self, first_step, total_steps):
+        """Iterate over what `Augmented` gives for this process's share of each step's batch, every `world`-th image of it."""
+        shares = ([(step, slot, index) for slot, index in enumerate(self.draw_indices(step).tolist())][self.rank::self.world]
+                  for step in range(first_step, total_steps))
+        return iter(torch.utils.data.DataLoader(Augmented(self.folders, self.args), batch_sampler=shares, num_workers=self.args.workers,
+                                                pin_memory=self.device.type == "cuda"))
+
+    def batch(self, step, loaded, latent_shape=None):
+        """All that `train_step` needs for one step. loaded: its images, labels and cached targets as from `load`.
+
+        Returns images [B, 3, H, W] in [0, 1], labels [B], start: the attack's first point, and target [B, width] or, where
+        latent_shape says that there is a teacher to ask, teacher_noise [B, *latent_shape]; None for what is not needed.
+        """
+        args, device, mine = self.args, self.device, slice(self.rank, None, self.world)
+        images, labels, target = [tensor.to(device, non_blocking=True) for tensor in loaded]
+        images = images.float() / 255  # [B, 3, H, W] in [0, 1]
+        random = generator(args.seed, step, "batch", device)  # one stream, read in this order and for the whole batch
+        start = images + args.eps * (2 * torch.rand((args.batch_size, *images.shape[1:]), generator=random, device=device)[mine] - 1)
+        noise = torch.randn((args.batch_size, *latent_shape), generator=random, device=device)[mine] if latent_shape else None
+        return SimpleNamespace(images=images, labels=labels, start=start.clamp(0, 1), target=target.float() if args.cache_targets else None, teacher_noise=noise)
+
+
+def cache_targets(args, data, teacher):
+    """Compute the teacher's features once: DIR/targets.npy, float16 [images, 2, width], of each centre crop and its mirror image.
+
+    Noise is fixed per image and view. Chunks that are done are marked in done.npy, so a stopped run goes on where it was, with any number
+    of processes. Raises InputError where DIR was made from other images, or with another teacher or settings.
+    """
+    path, count = Path(args.cache_targets), sum(map(len, data.folders))
+    weights = hashlib.sha256()
+    for tensor in teacher.state_dict().values():
+        weights.update(tensor.cpu().contiguous().numpy())
+    made_from = {"images": " ".join(folder.digest(sizes=True) for folder in data.folders), "count": count, "teacher": weights.hexdigest()[:16],
+                 "layer": args.teacher_layer, "t": args.teacher_t, "labels": not args.teacher_unconditional, "seed": args.seed, "width": teacher.width}
+    if data.rank == 0:
+        prepare_cache(path, made_from)
+    if data.world > 1:
+        dist.barrier()
+    done = np.load(path / "done.npy")
+    if data.world > 1:
+        dist.barrier()  # all have seen the same state before anyone adds to it
+    todo = np.flatnonzero(~done)[data.rank::data.world]
+    chunks = [range(chunk * CACHE_CHUNK, min(count, (chunk + 1) * CACHE_CHUNK)) for chunk in todo]
+    crops = Centred(data.folders, np.arange(count), teacher.image_size, teacher.image_size)
+    loader = torch.utils.data.DataLoader(crops, batch_sampler=chunks, num_workers=args.workers, pin_memory=data.device.type == "cuda")
+    for chunk, (images, labels, numbers) in zip(todo, tqdm(loader, desc="caching targets", unit=f" x {CACHE_CHUNK} images", disable=None if data.rank == 0 else True)):
+        noise = torch.stack([torch.randn((2, *teacher.latent_shape), generator=generator(args.seed, int(i), "cache")) for i in numbers])
+        images, labels, noise = [tensor.to(data.device) for tensor in (images, labels, noise)]
+        images = images.float() / 255
+        with torch.no_grad():
+            views = [teacher(view, None if args.teacher_unconditional else labels, args.teacher_t, noise[:, i]) for i, view in enumerate((images, images.flip(3)))]
+        targets = torch.stack(views, dim=1).half().cpu()  # [chunk, 2, width]
+        if not targets.isfinite().all():
+            raise InputError(f"--cache-targets: the teacher's features of images {int(numbers[0])} to {int(numbers[-1])} are not finite in float16")
+        write_rows(path / "targets.npy", int(numbers[0]), targets.numpy())
+        write_rows(path / "done.npy", int(chunk), np.array([True]))
+    if data.world > 1:
+        dist.barrier()
+
+
+def prepare_cache(path, made_from):
+    """Make an empty cache in the folder `path`, or see that the one there was made from the same."""
+    description = path / "targets.json"
+    if description.exists():
+        try:
+            there = json.loads(description.read_text())
+            difference = [f"{name} {there.get(name)} there, {value} now" for name, value in made_from.items() if there.get(name) != value]
+        except (ValueError, AttributeError):
+            difference = ["its targets.json is damaged"]
+        if difference:
+            raise InputError(f"--cache-targets {path}: was made from something else ({'; '.join(difference)}); choose another folder")
+    elif path.exists() and (not path.is_dir() or any(path.glob("*.npy"))):
+        raise InputError(f"--cache-targets {path}: holds something else, expected a folder that is new, empty or a cache")
+    path.mkdir(parents=True, exist_ok=True)
+    if not description.exists():
+        temporary = description.with_name("targets.json.tmp")
+        temporary.write_text(json.dumps(made_from, indent=1))
+        os.replace(temporary, description)
+    if not (path / "done.npy").exists():  # made last: without it nothing has been computed yet
+        np.lib.format.open_memmap(path / "targets.npy", "w+", np.float16, (made_from["count"], 2, made_from["width"]))
+        np.save(path / "done.tmp.npy", np.zeros(math.ceil(made_from["count"] / CACHE_CHUNK), dtype=bool))
+        os.replace(path / "done.tmp.npy", path / "done.npy")
+
+
+def write_rows(path, first, rows):
+    """Write rows into an .npy file from row `first` on, through to the disk. Not through the memory map: with a full disk that
+    would end the process without a word."""
+    try:
+        array = np.load(path, mmap_mode="r")
+        with open(path, "r+b") as file:
+            file.seek(array.offset + first * array[:1].nbytes)
+            file.write(np.ascontiguousarray(rows, dtype=array.dtype))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise OSError(f"{path}: cannot be written ({one_line(error)}); what is done stays, and the same command goes on from there") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Evaluation, checkpoints and log
+
+
+def margin_loss(logits, labels):
+    """Best wrong logit minus the right one, summed over the batch (Carlini & Wagner 2017): logits [B, classes], labels [B]."""
+    right = logits.gather(1, labels[:, None]).squeeze(1)
+    wrong = logits.scatter(1, labels[:, None], -torch.inf).amax(dim=1)
+    return (wrong - right).sum()
+
+
+def evaluate(model, source, loss, steps, args):
+    """Clean and robust accuracy in percent, the latter under `steps` PGD steps on `loss`, from one random start (by seed).
+
+    model: in evaluation mode, frozen, float32. source: a `Centred`.
+    """
+    clean, robust, device = 0, 0, next(model.parameters()).device
+    for number, loaded in enumerate(torch.utils.data.DataLoader(source, batch_size=64, num_workers=args.workers)):
+        images, labels = loaded[0].to(device).float() / 255, loaded[1].to(device)  # [64, 3, H, W] in [0, 1]
+        random = generator(args.seed, number, "evaluate", images.device)
+        start = images + args.eps * (2 * torch.rand(images.shape, generator=random, device=images.device) - 1)
+        adv = pgd(lambda x: loss(model(x), labels), images, start.clamp(0, 1), args.eps, args.step_size, steps)
+        with torch.no_grad():
+            clean += (model(images).argmax(dim=1) == labels).sum().item()
+            robust += (model(adv).argmax(dim=1) == labels).sum().item()
+    return 100 * clean / len(source), 100 * robust / len(source)
+
+
+def save_atomically(content, path):
+    """torch.save under a temporary name, flushed to the disk, then renamed: `path` is always whole, the old or the new one."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch's own writer raises the latter where the disk is full
+        raise OSError(f"{path}: cannot be written ({one_line(error)}); what was there before is untouched") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def checkpoint(args, run, step, best):
+    """All that a run needs to continue after `step` steps, and all that a reader of the weights needs: tensors and plain types.
+
+    model_state_dict (averaged) and unaveraged_model_state_dict are DM-AT's keys, state_dict (averaged) is RobustBench's.
+    """
+    model, averaged, projectors, optimizer = run
+    weights = averaged.state_dict()
+    return {"model_state_dict": weights, "state_dict": weights, "unaveraged_model_state_dict": model.state_dict(),
+            "projector": projectors.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "best": best,
+            "args": vars(args), "arch": args.arch, "dataset": "imagenet", "num_classes": averaged.backbone.num_classes,
+            "mean": averaged.mean.flatten().tolist(), "std": averaged.std.flatten().tolist()}
+
+
+# Settings that may differ when a run continues: they say where it runs, not what it computes.
+MAY_DIFFER = {"data", "workers", "accumulate", "out", "device", "no_amp", "amp", "no_compile", "save_every", "dry_run"}
+
+
+def restore(path, args, run):
+    """Load a checkpoint of a run with the same settings into `run`; returns (step, best). Raises InputError where it is
+    damaged or of another run."""
+    model, averaged, projectors, optimizer = run
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)  # data only: nothing in the file can run
+        difference = [f"{name} {saved['args'].get(name)} there, {value} now" for name, value in vars(args).items()
+                      if name not in MAY_DIFFER and saved["args"].get(name) != value]
+        if not difference:
+            model.load_state_dict(saved["unaveraged_model_state_dict"])
+            averaged.load_state_dict(saved["model_state_dict"])
+            projectors.load_state_dict(saved["projector"])
+            optimizer.load_state_dict(saved["optimizer"])
+            return int(saved["step"]), float(saved["best"])
+    except Exception as error:
+        raise InputError(f"{path}: damaged, or no checkpoint of this script ({type(error).__name__}); move it away to continue from "
+                         "the folder's other checkpoint, or to start anew where there is none") from None
+    raise InputError(f"{path}: belongs to a run with other settings ({'; '.join(difference)}); choose another --out")
+
+
+LOG_COLUMNS = ("step", "epoch", "lr", "loss", "trades", "cosine", "train_clean", "train_robust", "images_per_s", "waiting", "holdout_clean", "holdout_robust")
+
+
+def start_log(path, step):
+    """log.csv with its header and the rows up to `step`; later ones, of a run that went on after its last checkpoint, will be made
+    again. Without a checkpoint a log that is there already is set aside."""
+    rows = []
+    if path.exists() and step:
+        rows = [line for line in path.read_text().splitlines() if line.split(",")[0].isdigit() and int(line.split(",")[0]) <= step]
+    elif path.exists():
+        os.replace(path, path.with_name(f"log-{time.time_ns()}.csv"))
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text("\n".join([",".join(LOG_COLUMNS), *rows]) + "\n")
+    os.replace(temporary, path)
+
+
+def write_log(path, row, minutes_left):
+    """Append row {column: number} to log.csv and show it. Accuracies in percent; images_per_s over all processes;
+    waiting: percent of the time in which the device had nothing to do but wait for images."""
+    with open(path, "a", newline="") as file:
+        csv.DictWriter(file, LOG_COLUMNS, lineterminator="\n").writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
+    text = "step {step:>6}  epoch {epoch:7.2f}  loss {loss:.3f}" + "  cosine {cosine:.3f}" * ("cosine" in row)
+    text += "  batch clean {train_clean:.1f} % robust {train_robust:.1f} %  {images_per_s:.1f} images/s, {waiting:.0f} % waiting for data"
+    text += "  | held-out clean {holdout_clean:.2f} % robust {holdout_robust:.2f} %" * ("holdout_clean" in row)
+    print(text.format(**row) + f"  {minutes_left:.1f} min left", flush=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The run
+
+
+def load_teacher(args, data):
+    """The frozen diffusion encoder, or None without alignment. Raises InputError where it does not fit the data."""
+    if args.dra_weight == 0:
+        return None
+    images = torch.stack([data.holdout[i][0] for i in range(min(4, len(data.holdout)))]).float() / 255
+    try:
+        if args.smoke and args.teacher is None:  # a random network's features are a poor target, but they exercise the same path
+            torch.manual_seed(args.seed)
+            vae = VAEEncoder(32, [(32, 1, False), (32, 1, True)], latent_channels=4)
+            teacher = DiTEncoder(vae, LightningDiT(64, 2, 128, 4, 2, 64, len(data.classes) + 1, args.teacher_layer), image_size=32)
+            teacher.checked = True
+            latents = teacher.latents(images)
+            teacher.mean, teacher.std, teacher.checked = latents.mean((0, 2, 3), keepdim=True), latents.std((0, 2, 3), keepdim=True), False
+        else:
+            teacher = load_dit_encoder(*args.teacher, args.teacher_layer, ZERO_CHANNELS, TEACHER_HEADS, TEACHER_SIZE)
+        teacher.latents(images)  # looks whether autoencoder and statistics belong together
+    except (ValueError, OSError) as error:
+        raise InputError(f"--teacher {error}") from None
+    if teacher.num_classes != len(data.classes) and not args.teacher_unconditional:
+        raise InputError(f"--teacher {args.teacher[0]}: knows {teacher.num_classes} classes, expected {len(data.classes)} (--data {args.data}); "
+                         "--teacher-unconditional drops the labels")
+    teacher.amp = args.amp
+    return teacher.to(data.device)
+
+
+def print_plan(args, data, model, projectors, teacher, total_steps):
+    """What is about to run, in a few lines."""
+    count = lambda module: f"{sum(p.numel() for p in module.parameters()) / 1e6:.2f}M parameters"
+    start = "random weights" if args.no_pretrained else "pretrained"
+    plan = [("model", f"{args.arch}, {start}, {len(data.classes)} classes, {count(model)}; {args.image_size} px; bfloat16 {'on' if args.amp else 'off'}"),
+            ("data", f"{args.data}: {data.n_real_images:,} real images to train on, {len(data.holdout):,} held out; {args.workers} workers per process")]
+    if args.synthetic:
+        plan += [("synthetic", f"{args.synthetic}: {data.n_synthetic_images:,} images")]
+    plan += [("batch", f"{args.batch_size} = {data.n_real} real + {args.batch_size - data.n_real} synthetic, on {data.world} process(es)"
+                       f" in {args.accumulate} piece(s)"),
+             ("steps", f"{total_steps:,} = {total_steps / data.steps_per_epoch:g} epochs of {data.steps_per_epoch:,} steps "
+                       f"({data.steps_per_epoch * args.batch_size:,} images)"),
+             ("attack", f"TRADES, beta {args.beta:g}, eps {args.eps * 255:g}/255, {args.attack_steps} steps of {args.step_size * 255:g}/255"),
+             ("optimizer", f"lion, learning rate {args.lr:g}, weight decay {args.weight_decay:g}, averaging {args.ema_decay:g}")]
+    if teacher is None:
+        plan += [("alignment", "none: plain adversarial training")]
+    else:
+        where = f"cached in {args.cache_targets}" if args.cache_targets else "computed in each step"
+        plan += [("alignment", f"lambda {args.dra_weight:g}; projector {count(projectors)}"),
+                 ("teacher", f"{args.teacher[0] if args.teacher else 'random (smoke)'}: block {teacher.layer}, {teacher.width} wide, {count(teacher)}, "
+                             f"t {args.teacher_t:g}, {'without' if args.teacher_unconditional else 'with'} labels, {where}")]
+    for name, text in plan:
+        print(f"{name:10} {text}", flush=True)
+
+
+def build_run(args, data, teacher):
+    """Freshly initialised model, its average, projectors and optimizer: a function of the settings and the seed alone."""
+    torch.manual_seed(args.seed)
+    model = build_model(args.arch, len(data.classes), pretrained=not (args.no_pretrained or args.dry_run))
+    try:
+        with torch.no_grad():
+            feature_width = model.eval().features(torch.zeros(1, 3, args.image_size, args.image_size)).shape[1]
+    except (AssertionError, RuntimeError) as error:
+        raise InputError(f"--image-size {args.image_size}: {args.arch} does not take it ({one_line(error)})") from None
+    projectors = nn.ModuleList(build_projector(feature_width, teacher.width) for _ in range(1) if teacher)
+    model.to(data.device, memory_format=torch.channels_last)  # the faster layout for convolutions, on GPUs and CPUs
+    projectors.to(data.device)
+    averaged = copy.deepcopy(model).requires_grad_(False).eval()  # a copy: it shares no storage with the live model
+    model.amp = args.amp  # the average stays float32: it is only ever evaluated
+    return model, averaged, projectors, build_optimizer(args, model, projectors)
+
+
+def train(args, data, teacher, run, out, total_steps):
+    """Train to `total_steps`, from the last checkpoint in `out` or else from scratch. run: as from `build_run`, changed in place."""
+    model, averaged, projectors, optimizer = run
+    main_process, first_step, best = data.rank == 0, 0, -1.0
+    last_checkpoint = next((out / name for name in ("last.pt", "best.pt") if (out / name).exists()), None)
+    if last_checkpoint:
+        if (out / "best.pt").exists():  # first for its score: it may be newer than last.pt, and a repetition on CUDA need not reach it
+            best = restore(out / "best.pt", args, run)[1]
+        first_step, saved_best = restore(last_checkpoint, args, run)
+        best = max(best, saved_best)
+        if main_process and last_checkpoint.name == "best.pt":  # there may be no step left that would write last.pt
+            save_atomically(checkpoint(args, run, first_step, best), out / "last.pt")
+    if main_process:
+        print(f"continuing {last_checkpoint} after step {first_step} of {total_steps}" if last_checkpoint else "starting", flush=True)
+        start_log(out / "log.csv", first_step)
+
+    warmup = int(WARMUP * total_steps)
+    eval_every, save_every = [max(1, round(epochs * data.steps_per_epoch)) for epochs in (args.eval_every, args.save_every)]
+    log_every, recent, since, started, waiting = min(LOG_EVERY, data.steps_per_epoch), [], time.time(), time.time(), 0.0
+    loader = data.load(first_step, total_steps)
+    for step in range(first_step, total_steps):
+        if args.device == "cuda" and not args.no_compile and step == first_step:
+            model.features = torch.compile(model.features)  # where the work is; names of parameters stay clean
+        lr = learning_rate(step, total_steps, args.lr)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        decay = averaging_decay(step, warmup, args.ema_decay)
+        asked = time.time()
+        loaded = next(loader)
+        if args.device == "cpu" or torch.cuda.current_stream().query():  # else the GPU still has work from the last step
+            waiting += time.time() - asked
+        batch = data.batch(step, loaded, teacher.latent_shape if teacher and not args.cache_targets else None)
+        recent.append(train_step(model, averaged, projectors, teacher, optimizer, batch, decay, args))
+
+        # Bookkeeping. The numbers in `recent` stay on the device until a line is due: reading them would wait for the GPU.
+        done, last = step + 1, step + 1 == total_steps
+        evaluating, saving = done % eval_every == 0 or last, done % save_every == 0 or last
+        if not (done % log_every == 0 or evaluating or saving):
+            continue
+        row = {"step": done, "epoch": done / data.steps_per_epoch, "lr": lr} | summarise(recent, done, model)
+        row["images_per_s"] = args.batch_size * len(recent) / (time.time() - since)
+        row["waiting"] = 100 * waiting / (time.time() - since)
+        if main_process and evaluating:
+            row["holdout_clean"], row["holdout_robust"] = evaluate(averaged, data.holdout, margin_loss, SELECTION_STEPS, args)
+            if row["holdout_robust"] > best:
+                best = row["holdout_robust"]
+                save_atomically(checkpoint(args, run, done, best), out / "best.pt")
+        if main_process:
+            write_log(out / "log.csv", row, (total_steps - done) * (time.time() - started) / (done - first_step) / 60)
+        if main_process and saving:
+            save_atomically(checkpoint(args, run, done, best), out / "last.pt")
+        recent, since, waiting = [], time.time(), 0.0
+
+
+def summarise(recent, done, model):
+    """Means of the last steps' numbers. Raises FloatingPointError where one of them or a weight is not finite: nothing is saved then."""
+    table = torch.stack([torch.stack(list(numbers.values())) for numbers in recent]).cpu()  # [steps, numbers]
+    bad = (~table.isfinite().all(dim=1)).nonzero()
+    if len(bad):
+        values = ", ".join(f"{name} {value:g}" for name, value in zip(recent[0], table[bad[0, 0]].tolist()))
+        raise FloatingPointError(f"the loss is not finite in step {done - len(recent) + int(bad[0]) + 1} ({values})")
+    if not all(weight.isfinite().all() for weight in model.parameters()):
+        raise FloatingPointError(f"a weight is not finite after step {done}")
+    means = dict(zip(recent[0], table.mean(dim=0).tolist()))
+    return means | {name: 100 * means[name] for name in ("train_clean", "train_robust")}
+
+
+def print_table(args, data, run, out):
+    """Clean and PGD accuracy on validation images, before and after: a quick look. `run` supplies a model to load weights into."""
+    print(f"\n{len(data.test)} validation images, averaged model                clean    PGD-{TABLE_STEPS} at {args.eps * 255:g}/255")
+    cross_entropy = lambda logits, labels: F.cross_entropy(logits, labels, reduction="sum")
+    for name in ("before training", "best.pt", "last.pt"):
+        model = build_run(args, data, None)[1] if name == "before training" else run[1]
+        if name != "before training":
+            restore(out / name, args, run)
+        clean, robust = evaluate(model, data.test, cross_entropy, TABLE_STEPS, args)
+        print(f"  {name:42} {clean:6.2f} %  {robust:6.2f} %", flush=True)
+    print("Judge the checkpoint with AutoAttack before quoting a number.")
+
+
+def run_once(args, device, rank, world, local):
+    """One training run: data, teacher, model, then training and the closing table."""
+    out = Path(args.out)
+    if out.exists() and not out.is_dir():
+        raise InputError(f"--out {out}: is a file, expected a folder")
+    if local > 0:
+        dist.barrier()  # the first process of each machine goes first: it may have to download
+    data = Data(args, device, rank, world)
+    teacher = load_teacher(args, data)
+    run = build_run(args, data, teacher)
+    if world > 1 and local == 0:
+        dist.barrier()
+    total_steps = args.max_steps or args.epochs * data.steps_per_epoch
+    if rank == 0:
+        print_plan(args, data, run[0], run[2], teacher, total_steps)
+    if args.dry_run:
+        return
+    if args.cache_targets:
+        cache_targets(args, data, teacher)
+        teacher.cpu()  # it has done its part
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        train(args, data, teacher, run, out, total_steps)
+    except FloatingPointError as error:
+        good = [str(out / name) for name in ("last.pt", "best.pt") if (out / name).exists()]
+        raise FloatingPointError(f"{error}; last good checkpoint: {good[0] if good else 'none was due yet'}") from None
+    if rank == 0:
+        print_table(args, data, run, out)
+
+
+def main(argv=None):
+    """The command line."""
+    args = parse_args(argv)
+    rank, world, local = [int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))]
+    device = torch.device("cuda", local) if args.device == "cuda" else torch.device("cpu")
+    if args.device == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True
+    if world > 1:  # two hours, since process 0 may evaluate or download while the others wait
+        dist.init_process_group("nccl" if args.device == "cuda" else "gloo", timeout=timedelta(hours=2),
+                                device_id=device if args.device == "cuda" else None)
+    if args.smoke and args.data is None:
+        args.data, args.synthetic = os.path.join(args.out, "data"), os.path.join(args.out, "data", "synthetic")
+        if local == 0:
+            draw_smoke_folders(Path(args.data), args.seed)
+    if args.arch:
+        run_once(args, device, rank, world, local)
+    else:  # the smoke run: both kinds of backbone, and targets computed in each step as well as cached
+        for arch, size, folder, cache in (("test_vit", args.image_size, "vit", None), ("test_convnext", 96, "convnext", "targets")):
+            out = os.path.join(args.out, folder)
+            one = argparse.Namespace(**vars(args) | {"arch": arch, "image_size": size, "out": out})
+            one.cache_targets = os.path.join(args.out, cache) if cache and args.dra_weight else None
+            run_once(one, device, rank, world, local)
+    if world > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (InputError, OSError) as problem:
+        # A process that reads images hands an error on with its own traceback in front; the line that says what is wrong is the last.
+        print(f"error: {str(problem).strip().split('InputError: ')[-1]}", file=sys.stderr)
+        sys.exit(2)
+    except FloatingPointError as problem:
+        print(f"error: {problem}", file=sys.stderr)
+        sys.exit(1)
