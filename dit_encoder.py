@@ -19,6 +19,7 @@ Both networks are our own code with the released files' parameter names. A file 
 """
 import argparse
 import math
+import re
 import sys
 
 import torch
@@ -120,6 +121,8 @@ def rotate(x, cos, sin):
 
 
 class Attention(nn.Module):
+    """Self-attention with rotary positions, [B, T, D] -> same; cos, sin [T, D / num_heads]."""
+
     def __init__(self, width, num_heads):
         super().__init__()
         self.num_heads = num_heads
@@ -132,6 +135,8 @@ class Attention(nn.Module):
 
 
 class SwiGLU(nn.Module):
+    """Gated feed-forward layer, [B, T, D] -> same."""
+
     def __init__(self, width, hidden):
         super().__init__()
         self.w12, self.w3 = nn.Linear(width, 2 * hidden), nn.Linear(hidden, width)
@@ -289,11 +294,11 @@ def _read(path, section, signature):
 
 def build_vae(tensors):
     """A VAEEncoder of the sizes that a VA-VAE file's tensors (or anything with .shape, by name) have."""
-    levels, names = [], set(tensors)
-    while f"encoder.down.{len(levels)}.block.0.conv1.weight" in names:
-        level = f"encoder.down.{len(levels)}"
-        blocks = sum(f"{level}.block.{j}.conv1.weight" in names for j in range(32))
-        levels.append((tensors[f"{level}.block.0.conv1.weight"].shape[0], blocks, f"{level}.attn.0.q.weight" in names))
+    blocks = {match.groups() for name in tensors if (match := re.match(r"encoder\.down\.(\d)\.block\.(\d)\.", name))}  # (level, block)
+    levels = []
+    for i in range(1 + max(int(level) for level, _ in blocks)):
+        width = _shape(tensors, f"encoder.down.{i}.block.0.conv1.weight")[0]
+        levels.append((width, sum(level == str(i) for level, _ in blocks), f"encoder.down.{i}.attn.0.norm.weight" in tensors))
     return VAEEncoder(tensors["encoder.conv_in.weight"].shape[0], levels, _shape(tensors, "encoder.conv_out.weight")[0] // 2)
 
 

@@ -2,6 +2,7 @@
 
     python eval_autoattack.py runs/cifar/best.pt --data-dir data            # CIFAR test set, four attacks
     python eval_autoattack.py weights-best.pt --arch wrn-28-10 --dataset cifar10         # DM-AT's or RobustBench's file
+    python eval_autoattack.py runs/imagenet/best.pt --data-dir imagenet --image-list imagenet_test_image_ids.txt  # RobustBench's 5,000
     torchrun --nproc-per-node 8 -- eval_autoattack.py runs/cifar/best.pt    # the same result on eight GPUs
 
 AutoAttack (Croce & Hein 2020, arXiv 2003.01690; package pyautoattack, by its authors) runs APGD-CE, targeted APGD-DLR, targeted
@@ -127,7 +128,9 @@ def load_classifier(path, arch=None, dataset=None, script=None, weights="average
     if not known or not isinstance(arch, str):
         raise InputError(f"{path}: does not say its {'arch' if known else 'dataset'}; give --arch (such as wrn-28-10) and --dataset")
     state, classes = choose_weights(path, saved, weights), BENCHMARKS[dataset].classes
-    if script is None and isinstance(saved.get("num_classes"), int) and saved["num_classes"] != classes:
+    if dataset == "imagenet" and isinstance(saved.get("num_classes"), int):  # or a part of its classes
+        classes = saved["num_classes"]
+    elif script is None and isinstance(saved.get("num_classes"), int) and saved["num_classes"] != classes:
         raise InputError(f"{path}: classifies into {saved['num_classes']} classes, {dataset} has {classes}")
     script = Path(script or Path(__file__).with_name(BENCHMARKS[dataset].script))
     last = {"pretrained": False} if dataset == "imagenet" else {"dataset": dataset}
@@ -204,7 +207,8 @@ def import_script(path):
 def load_images(args, info):
     """Test images float32 [N, 3, H, W] in [0, 1] and labels int64 [N], on the CPU. info: as `load_classifier` leaves it."""
     if info.dataset == "imagenet":
-        return load_imagenet(Path(args.data_dir), args.image_list, args.n)
+        size = info.args.get("image_size")
+        return load_imagenet(Path(args.data_dir), args.image_list, args.n, info.num_classes, size if isinstance(size, int) else 224)
     import train_cifar
     source = SimpleNamespace(dataset=info.dataset, data_dir=args.data_dir, smoke=info.args.get("smoke") is True, seed=info.args.get("seed", 0))
     try:
@@ -214,8 +218,9 @@ def load_images(args, info):
     return test.images.permute(0, 3, 1, 2).contiguous().float() / 255, test.labels.long()
 
 
-def load_imagenet(folder, image_list, n, num_classes=1000):
-    """RobustBench's protocol: shorter side to 256, centre crop 224; the listed images, else all of val/ in order.
+def load_imagenet(folder, image_list, n, num_classes=1000, image_size=224):
+    """RobustBench's protocol: shorter side to 256, centre crop 224 (in proportion for another image_size); the listed images, else
+    all of val/ in order.
 
     Class numbers are the positions of the class folders in sorted order. A listed path is relative to `folder` or to its val/.
     """
@@ -233,7 +238,7 @@ def load_imagenet(folder, image_list, n, num_classes=1000):
         paths = [folder / line if line.startswith("val/") else folder / "val" / line for line in lines]
         if len(set(paths)) < len(paths):
             raise InputError(f"--image-list {image_list}: names an image twice")
-    prepare = transforms.Compose([transforms.Resize(256), transforms.CenterCrop(224), transforms.ToTensor()])
+    prepare = transforms.Compose([transforms.Resize(round(image_size * 256 / 224)), transforms.CenterCrop(image_size), transforms.ToTensor()])
     images, labels = [], []
     for path in tqdm(paths[:n], desc="reading images", disable=None):
         if path.parent.name not in classes:
@@ -470,6 +475,8 @@ def reservations(args, info, settings):
     checks = [(settings["n"] == full and (info.dataset != "imagenet" or args.image_list), f"NOT THE FULL TEST SET of {full:,} images"
                + (" (--image-list)" if info.dataset == "imagenet" else "")),
               (args.attacks is None, f"ONLY {' '.join(args.attacks or [])}: not AutoAttack"),
+              (info.num_classes == benchmark.classes, f"{info.num_classes} classes, not {benchmark.classes:,}"),
+              (info.args.get("image_size", 224) == 224, f"{info.args.get('image_size')} px, not 224"),
               (args.version == "standard", f"version {args.version}, not standard"),
               (settings["eps"] == fraction(benchmark.eps), f"eps is not {benchmark.eps}"),
               (not args.tf32, "TF32, not float32")]
@@ -512,6 +519,8 @@ def main(argv=None):
         dist.init_process_group("gloo", timeout=timedelta(days=7))
     model = load_classifier(args.checkpoint, args.arch, args.dataset, args.script, args.weights).to(device)
     info = model.info
+    if info.num_classes < 10:
+        raise InputError(f"{args.checkpoint}: classifies into {info.num_classes} classes, expected at least 10: AutoAttack's targeted attacks try nine others")
     if local > 0:
         dist.barrier()  # the first process of each machine goes first: it may have to download
     images, labels = load_images(args, info)

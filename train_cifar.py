@@ -743,7 +743,7 @@ def checkpoint(args, run, step, best):
 
 
 # Settings that may differ when a run continues: they say where it runs, not what it computes.
-MAY_DIFFER = {"data_dir", "out", "device", "no_amp", "no_compile", "save_every", "dry_run"}
+MAY_DIFFER = {"data_dir", "out", "device", "amp", "no_amp", "no_compile", "save_every", "dry_run"}
 
 
 def restore(path, args, run):

@@ -375,10 +375,9 @@ def train_step(model, averaged, projectors, teacher, optimizer, batch, decay, ar
         # L_DRA, eq. (3): the projected features of x' against the teacher's of the clean x.
         alignment = trades.new_zeros(())
         for projector in projectors:
-            target = part.target  # [B, width]
-            if target is None:
-                with torch.no_grad():
-                    target = teacher(images, None if args.teacher_unconditional else labels, args.teacher_t, part.teacher_noise)
+            with torch.no_grad():
+                given = None if args.teacher_unconditional else labels
+                target = teacher(images, given, args.teacher_t, part.teacher_noise) if part.target is None else part.target  # [B, width]
             alignment = dra_loss(projector(adv_features), target)
 
         loss = trades + args.dra_weight * alignment  # eq. (4)
@@ -504,16 +503,16 @@ class Centred(torch.utils.data.Dataset):
 
 def draw_smoke_folders(path, seed):
     """An ImageNet in small, train/, val/ and synthetic/ with JPEG files, that a tiny network learns in a minute: horizontal and
-    vertical waves, each in red and in blue, with random phase, frequency and contrast, and noise."""
-    for split, count in (("train", 96), ("val", 16), ("synthetic", 48)):
-        for label in range(4):
+    vertical waves, each in five colours, with random phase, frequency and contrast, and noise."""
+    for split, count in (("train", 40), ("val", 6), ("synthetic", 20)):
+        for label in range(10):
             folder = path / split / f"class{label}"
             folder.mkdir(parents=True, exist_ok=True)
             rng = np.random.default_rng([seed, label, *split.encode()])
             for i in range(count):
                 wave = np.sin(2 * np.pi * (rng.uniform(3, 6) * np.arange(176) / 176 + rng.uniform()))
-                wave = wave[:, None, None] if label < 2 else wave[None, :, None]
-                colour = (1, 0.3, 0) if label % 2 else (0, 0.3, 1)
+                wave = wave[:, None, None] if label < 5 else wave[None, :, None]
+                colour = ((1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (1, 1, 1))[label % 5]
                 image = 0.5 + rng.uniform(0.25, 0.45) * wave * colour + rng.normal(0, 0.05, (176, 176, 3))
                 Image.fromarray((image.clip(0, 1) * 255).astype(np.uint8)).save(folder / f"{i:03}.jpg")
 
@@ -526,7 +525,7 @@ class Data:
         real = Folder(os.path.join(args.data, "train"))
         self.classes = real.classes
         validation = open_folder(os.path.join(args.data, "val"), self.classes)
-        self.folders = [real] + [open_folder(args.synthetic, self.classes)] * bool(args.synthetic)  # images are numbered through both
+        self.folders = [real] + [open_folder(path, self.classes) for path in [args.synthetic] if path]  # images are numbered through both
         held = np.unique(np.linspace(0, len(real) - 1, min(HOLDOUT, len(real) // 10)).astype(int))
         if not len(held):
             raise InputError(f"--data {args.data}: has {len(real)} training images, expected at least 10")

@@ -1,0 +1,242 @@
+"""dit_encoder.py: the same numbers as LightningDiT's and VA-VAE's code, and one clear line for files that do not fit."""
+import json
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dit_encoder import build_dit, build_vae, load_dit_encoder, rotate
+
+ROOT, FIXTURES = Path(__file__).parent.parent, Path(__file__).parent / "fixtures"
+DIT, VAE, STATS = [FIXTURES / f"dit_tiny_{name}.pt" for name in ("dit", "vae", "latents_stats")]
+SIZES = {"layer": 2, "zero_channels": (5, 21), "num_heads": 2, "image_size": 64}
+
+
+@pytest.fixture(scope="module")
+def reference():
+    with np.load(FIXTURES / "dit_tiny_reference.npz") as file:
+        return {name: torch.from_numpy(file[name]) for name in file.files}
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    return load_dit_encoder(DIT, VAE, STATS, **SIZES)
+
+
+def inputs(reference, labelled=True):
+    return reference["image_uint8"] / 255, reference["label"] if labelled else None, reference["t"], reference["noise"]
+
+
+def relative_error(value, expected):
+    return ((value - expected).norm() / expected.norm()).item()
+
+
+# ------------------------------------------------------------------------------------------------------------- numbers
+
+def test_latents_are_va_vaes(encoder, reference):
+    assert relative_error(encoder.latents(reference["image_uint8"] / 255), reference["latent_normalised"]) < 1e-4
+
+
+@pytest.mark.parametrize("labelled", ["labelled", "unlabelled"])
+def test_features_are_lightningdits(encoder, reference, labelled):
+    assert tuple(reference["zero_channels"].tolist()) == SIZES["zero_channels"] and int(reference["layer"]) == SIZES["layer"]
+    arguments = inputs(reference, labelled == "labelled")
+    hidden, modulated = encoder.activations(*arguments)
+    assert relative_error(hidden, reference[f"{labelled}/hidden"]) < 1e-4
+    assert relative_error(modulated, reference[f"{labelled}/modulated"]) < 1e-4
+    pooled = encoder(*arguments)
+    assert pooled.shape == (3, encoder.width) == (3, 32) and pooled.dtype == torch.float32
+    assert relative_error(pooled, reference[f"{labelled}/pooled"]) < 1e-4
+
+
+def test_silenced_channels_matter_and_only_after_the_blocks(encoder, reference):
+    other = load_dit_encoder(DIT, VAE, STATS, **SIZES | {"zero_channels": ()})
+    (hidden, modulated), (same, different) = encoder.activations(*inputs(reference)), other.activations(*inputs(reference))
+    assert torch.equal(hidden, same) and not torch.allclose(modulated, different)
+
+
+def test_time_is_a_number_or_one_per_image_and_one_means_clean(encoder, reference):
+    images, labels, _, noise = inputs(reference)
+    assert torch.equal(encoder(images, labels, 0.9, noise), encoder(images, labels, torch.full((3,), 0.9), noise))
+    assert torch.equal(encoder(images, labels, 1.0, noise), encoder(images, labels, 1.0, -noise)), "no noise at t = 1"
+    assert torch.equal(encoder(images, labels, 0.0, noise), encoder(images.flip(0), labels, 0.0, noise)), "no image at t = 0"
+
+
+def test_noise_is_drawn_where_none_is_given(encoder, reference):
+    images, labels, t, _ = inputs(reference)
+    assert not torch.equal(encoder(images, labels, t), encoder(images, labels, t))
+
+
+def test_images_of_another_size_are_resized(encoder, reference):
+    images, labels, t, noise = inputs(reference)
+    larger = F.interpolate(images, (96, 80), mode="bicubic").clamp(0, 1)
+    back = F.interpolate(larger, (64, 64), mode="bicubic", antialias=True).clamp(0, 1)
+    assert torch.equal(encoder(larger, labels, t, noise), encoder(back, labels, t, noise))
+
+
+def test_encoder_is_frozen_but_differentiable_in_the_images(encoder, reference):
+    images, *rest = inputs(reference)
+    assert not encoder.training and not any(p.requires_grad for p in encoder.parameters())
+    assert not encoder(images, *rest).requires_grad
+    (gradient,) = torch.autograd.grad(encoder(images.requires_grad_(), *rest).sum(), [images])
+    assert gradient.abs().max() > 0
+
+
+def test_rotation_turns_neighbouring_pairs():
+    x, angle = torch.tensor([[[[1.0, 0.0, 0.0, 2.0]]]]), torch.tensor([[0.3, 0.3, 0.5, 0.5]])  # [1, 1, 1, 4], [1, 4]
+    turned = rotate(x, angle.cos(), angle.sin()).flatten()
+    expected = torch.stack([angle[0, 0].cos(), angle[0, 0].sin(), -2 * angle[0, 2].sin(), 2 * angle[0, 2].cos()])
+    torch.testing.assert_close(turned, expected)
+
+
+# ---------------------------------------------------------------------------------------------------- full size, and memory
+
+def test_full_size_networks_have_the_files_names_and_shapes():
+    """Built from the shapes alone, on the meta device: every tensor that is asked for is in the released files with that shape."""
+    dit, vae = [{name: SimpleNamespace(shape=torch.Size(shape)) for name, shape in json.loads((FIXTURES / file).read_text()).items()}
+                for file in ("lightningdit_xl_1_manifest.json", "vavae_f16d32_manifest.json")]
+    with torch.device("meta"):
+        networks = build_dit(dit, layer=14, num_heads=16), build_vae(vae)
+    for network, manifest in zip(networks, (dit, vae)):
+        assert all(manifest[name].shape == tensor.shape for name, tensor in network.state_dict().items())
+    needed = networks[0].state_dict().keys()
+    left_out = {name for name in dit if name not in needed}
+    block = {f"blocks.14.{name}" for name in ("norm2.weight", "attn.qkv.weight", "attn.qkv.bias", "attn.proj.weight", "attn.proj.bias",
+                                              "mlp.w12.weight", "mlp.w12.bias", "mlp.w3.weight", "mlp.w3.bias")}
+    assert left_out == block | {name for name in dit if name.startswith(("final_layer.", *(f"blocks.{i}." for i in range(15, 28))))}
+    assert {name for name in vae if name not in networks[1].state_dict()} == {name for name in vae if name.startswith(("decoder.", "post_quant_conv."))}
+
+
+@pytest.mark.parametrize("layer", [0, 1, 2])
+def test_only_what_is_needed_stays_in_memory(reference, layer):
+    """Weights own their memory, float32, so that nothing keeps the (mapped) file alive; and later blocks are not there."""
+    encoder = load_dit_encoder(DIT, VAE, STATS, **SIZES | {"layer": layer})
+    assert len(encoder.dit.blocks) == layer + 1 and not hasattr(encoder.dit.blocks[layer], "attn")
+    for tensor in encoder.state_dict().values():
+        assert tensor.dtype == torch.float32 and tensor.untyped_storage().nbytes() == 4 * tensor.numel()
+    assert encoder(*inputs(reference)).isfinite().all()
+
+
+# ------------------------------------------------------------------------------------------------------------------ errors
+
+def save(path, value):
+    torch.save(value, path)
+    return path
+
+
+def read(path):
+    return torch.load(path, weights_only=True)
+
+
+def test_prefixed_and_bare_weights_load_as_well(encoder, reference, tmp_path):
+    prefixed = save(tmp_path / "a.pt", {"ema": {f"module.{name}": value for name, value in read(DIT)["ema"].items()}})
+    bare = save(tmp_path / "b.pt", read(VAE)["state_dict"])
+    assert torch.equal(load_dit_encoder(prefixed, bare, STATS, **SIZES)(*inputs(reference)), encoder(*inputs(reference)))
+
+
+def without(path, section, name):
+    content = read(path)
+    del content[section][name]
+    return content
+
+
+def changed(path, section, **values):
+    content = read(path)
+    content[section].update(values) if section else content.update(values)
+    return content
+
+
+def test_files_that_do_not_fit_give_one_clear_line(tmp_path):
+    """(which of the three files, its content, other arguments, what the message says)"""
+    stats, one_number = read(STATS), torch.zeros(1).expand(96, 32)  # a hundred times larger than what is stored of it
+    cases = [
+        ("dit", read(VAE), {}, "expected a LightningDiT checkpoint, this is a VA-VAE checkpoint"),
+        ("dit", stats, {}, "expected a LightningDiT checkpoint, this is latent statistics"),
+        ("vae", read(DIT), {}, "expected a VA-VAE checkpoint, this is a LightningDiT checkpoint"),
+        ("stats", read(VAE), {}, "expected latent statistics, this is a VA-VAE checkpoint"),
+        ("dit", {"ema": {}}, {}, "something else"), ("dit", [1, 2], {}, "something else"), ("vae", {"state_dict": 3}, {}, "something else"),
+        ("dit", torch.zeros(3), {}, "something else"),
+        ("vae", without(VAE, "state_dict", "quant_conv.weight"), {}, "tensors: quant_conv.weight"),
+        ("vae", without(VAE, "state_dict", "encoder.mid.attn_1.k.bias"), {}, "encoder.mid.attn_1.k.bias"),
+        ("vae", without(VAE, "state_dict", "encoder.conv_out.weight"), {}, "lacks encoder.conv_out.weight"),
+        ("vae", without(VAE, "state_dict", "encoder.down.2.block.0.conv1.weight"), {}, "lacks encoder.down.2.block.0.conv1.weight"),
+        ("dit", without(DIT, "ema", "blocks.1.mlp.w12.bias"), {}, "tensors: blocks.1.mlp.w12.bias"),
+        ("dit", without(DIT, "ema", "blocks.2.adaLN_modulation.1.weight"), {}, "blocks.2.adaLN_modulation.1.weight"),
+        ("dit", without(DIT, "ema", "pos_embed"), {}, "lacks pos_embed"),
+        ("dit", without(DIT, "ema", "feat_rope.freqs_cos"), {}, "lacks feat_rope.freqs_cos"),
+        ("dit", changed(DIT, "ema", **{"blocks.0.attn.qkv.weight": torch.zeros(96, 31)}), {}, "blocks.0.attn.qkv.weight is [96, 31], expected [96, 32]"),
+        ("dit", changed(DIT, "ema", **{"blocks.0.attn.qkv.weight": one_number}), {}, "each value stored"),
+        ("dit", changed(DIT, "ema", **{"x_embedder.proj.weight": torch.zeros(())}), {}, ""),
+        ("dit", read(DIT), {"layer": 3}, "has 3 blocks, expected layer 3 to be one of 0 to 2"),
+        ("dit", read(DIT), {"num_heads": 16}, "it has 2 heads, not num_heads=16"),
+        ("dit", read(DIT), {"zero_channels": (1053, 259)}, "is 32 wide, expected zero_channels (1053, 259)"),
+        ("vae", read(VAE), {"image_size": 128}, "makes 8 x 8 latents of image_size=128"),
+        ("vae", read(VAE), {"image_size": 65}, "image_size=65"),
+        ("stats", changed(STATS, None, mean=torch.zeros(1, 4, 1, 1)), {}, "mean is [1, 4, 1, 1], expected finite [1, 8, 1, 1]"),
+        ("stats", changed(STATS, None, std=torch.zeros(8)), {}, "std is [8]"),
+        ("stats", changed(STATS, None, std=torch.zeros(1, 8, 1, 1)), {}, "a std above 0"),
+        ("stats", changed(STATS, None, mean=torch.full((1, 8, 1, 1), torch.nan)), {}, "finite"),
+        ("stats", {"mean": stats["mean"]}, {}, "lacks std"),
+    ]
+    for i, (which, content, sizes, message) in enumerate(cases):
+        files = {"dit": DIT, "vae": VAE, "stats": STATS} | {which: save(tmp_path / f"{i}.pt", content)}
+        with pytest.raises(ValueError, match=f"{i}.pt: ") as caught:
+            load_dit_encoder(*files.values(), **SIZES | sizes)
+        assert message in str(caught.value) and "\n" not in str(caught.value), (i, str(caught.value))
+
+
+def test_damaged_and_hostile_files_are_refused_and_never_run(tmp_path):
+    class Hostile:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "was_run"),)
+    whole, path = DIT.read_bytes(), tmp_path / "file.pt"
+    files = [b"", whole[:100], whole[:len(whole) // 2], whole[:-1], b"<html>", pickle.dumps(Hostile()), pickle.dumps({"ema": Hostile()}),
+             save(tmp_path / "a.pt", {"ema": read(DIT)["ema"], "x": Hostile()}).read_bytes(), save(tmp_path / "b.pt", Hostile()).read_bytes()]
+    for content in files:
+        path.write_bytes(content)
+        for position in range(3):
+            arguments = [DIT, VAE, STATS]
+            arguments[position] = path
+            with pytest.raises(ValueError, match=r"file\.pt: damaged, or no file of tensors") as caught:
+                load_dit_encoder(*arguments, **SIZES)
+            assert "\n" not in str(caught.value) and "weights_only" not in str(caught.value) and not (tmp_path / "was_run").exists()
+    with pytest.raises(OSError, match="none.pt"):
+        load_dit_encoder(DIT, VAE, tmp_path / "none.pt", **SIZES)
+
+
+@pytest.mark.parametrize("change", [{"std": 5.0}, {"std": 0.2}, {"mean": 1.0}, {"mean": -2.0}])
+def test_latents_that_are_not_normalised_are_an_error_in_the_first_batch(reference, tmp_path, change):
+    """The classic silent mistake: another autoencoder's statistics. std is multiplied, mean is shifted by so many of them."""
+    stats = read(STATS)
+    stats = {"mean": stats["mean"] + change.get("mean", 0) * stats["std"], "std": stats["std"] * change.get("std", 1)}
+    encoder = load_dit_encoder(DIT, VAE, save(tmp_path / "stats.pt", stats), **SIZES)
+    with pytest.raises(ValueError, match="normalised latents of the first batch have mean .* expected about 0 and 1"):
+        encoder(*inputs(reference))
+
+
+def test_images_outside_the_unit_range_are_noticed(reference):
+    with pytest.raises(ValueError, match="not in \\[0, 1\\]"):
+        load_dit_encoder(DIT, VAE, STATS, **SIZES).latents(torch.full((3, 3, 64, 64), torch.nan))
+
+
+def test_wrong_inputs_are_named(encoder, reference):
+    images, labels, t, noise = inputs(reference)
+    for arguments, message in (((images[0], labels, t, noise), "takes images"), ((images[:, :1], labels, t, noise), "takes images"),
+                               ((images, labels + 8, t, noise), "knows labels 0 to 9, not 10 to 17"), ((images, labels - 9, t, noise), "knows labels"),
+                               ((images, labels, t, noise[:, :4]), "expected the latent's shape [3, 8, 4, 4]")):
+        with pytest.raises(ValueError) as caught:
+            encoder(*arguments)
+        assert message in str(caught.value)
+
+
+def test_as_a_script_it_says_what_the_files_hold(tmp_path):
+    """The tiny network has 2 heads, not the released one's 16: that is what it says, in one line."""
+    done = subprocess.run([sys.executable, "dit_encoder.py", str(DIT), str(VAE), str(STATS), "--layer", "1"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "it has 2 heads" in done.stderr
