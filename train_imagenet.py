@@ -140,7 +140,7 @@ def parse_args(argv=None):
     add("--save-every", type=positive, default=1, help="epochs between checkpoints")
     add("--dry-run", action="store_true", help="print the plan and stop")
     if "--smoke" in (sys.argv[1:] if argv is None else argv):  # small enough for two CPU cores; any flag still beats these
-        parser.set_defaults(data=None, arch=None, no_pretrained=True, image_size=160, epochs=4, batch_size=32, lr=2e-3, weight_decay=0.01,
+        parser.set_defaults(data=None, arch=None, no_pretrained=True, image_size=96, epochs=6, batch_size=32, lr=2e-3, weight_decay=0.01,
                             teacher_layer=1, workers=2, out="runs/imagenet-smoke", device="cpu")
     args = parser.parse_args(argv)
 
@@ -968,11 +968,9 @@ def main(argv=None):
     if args.arch:
         run_once(args, device, rank, world, local)
     else:  # the smoke run: both kinds of backbone, and targets computed in each step as well as cached
-        for arch, size, folder, cache in (("test_vit", args.image_size, "vit", None), ("test_convnext", 96, "convnext", "targets")):
-            out = os.path.join(args.out, folder)
-            one = argparse.Namespace(**vars(args) | {"arch": arch, "image_size": size, "out": out})
-            one.cache_targets = os.path.join(args.out, cache) if cache and args.dra_weight else None
-            run_once(one, device, rank, world, local)
+        for arch, cache in (("test_vit", None), ("test_convnext", os.path.join(args.out, "targets") if args.dra_weight else None)):
+            changes = {"arch": arch, "cache_targets": cache, "out": os.path.join(args.out, arch)}
+            run_once(argparse.Namespace(**vars(args) | changes), device, rank, world, local)
     if world > 1:
         dist.destroy_process_group()
 
