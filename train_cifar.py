@@ -906,8 +906,12 @@ def train(args, data, teacher, run, out, total_steps):
 
 
 def summarise(recent, done, model):
-    """Means of the last steps' numbers. Raises FloatingPointError where one of them or a weight is not finite: nothing is saved then."""
-    table = torch.stack([torch.stack(list(numbers.values())) for numbers in recent]).cpu()  # [steps, numbers]
+    """Means of the last steps' numbers over all processes. Raises FloatingPointError where one of them or a weight is not finite:
+    nothing is saved then."""
+    table = torch.stack([torch.stack(list(numbers.values())) for numbers in recent])  # [steps, numbers]
+    if dist.is_initialized():
+        dist.all_reduce(table)
+    table = table.cpu() / (dist.get_world_size() if dist.is_initialized() else 1)
     bad = (~table.isfinite().all(dim=1)).nonzero()
     if len(bad):
         values = ", ".join(f"{name} {value:g}" for name, value in zip(recent[0], table[bad[0, 0]].tolist()))
