@@ -222,18 +222,20 @@ class DiTEncoder(nn.Module):
         self.requires_grad_(False).eval()
 
     def latents(self, images):
-        """images [B, 3, H, W] in [0, 1] -> normalised latents z [B, *latent_shape], float32. Raises ValueError where those of the
-        first batch are far from zero mean and unit variance: then the autoencoder and the statistics do not belong together."""
+        """images [B, 3, H, W] in [0, 1] -> normalised latents z [B, *latent_shape], float32. Raises ValueError where the first batch is not
+        in [0, 1], or its z far from zero mean and unit variance: then the autoencoder and the statistics do not belong together."""
         if images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(f"the teacher takes images [B, 3, H, W], not {list(images.shape)}")
         if images.shape[2:] != (self.image_size, self.image_size):
             images = F.interpolate(images, (self.image_size, self.image_size), mode="bicubic", antialias=True).clamp(0, 1)
         z = (self.vae(2 * images - 1).float() - self.mean) / self.std
         if not self.checked:  # once: looking at values makes a GPU wait
-            mean, std = z.detach().mean().item(), z.detach().std().item()
+            low, high, mean, std = [value.item() for value in (*images.detach().aminmax(), z.detach().mean(), z.detach().std())]
+            if not -1e-3 < low <= high < 1 + 1e-3:
+                raise ValueError(f"the first images run from {low:g} to {high:g}, expected values in [0, 1]")
             if not (abs(mean) < 0.5 and 0.5 < std < 2):
                 raise ValueError(f"the normalised latents of the first batch have mean {mean:.2f} and standard deviation {std:.2f}, expected "
-                                 "about 0 and 1: the latent statistics do not belong to this autoencoder, or the images are not in [0, 1]")
+                                 "about 0 and 1: the latent statistics do not belong to this autoencoder")
             self.checked = True
         return z
 
@@ -248,7 +250,7 @@ class DiTEncoder(nn.Module):
             # On a GPU this look at the values would stall the queue; there an index out of range trips a device assertion.
             elif device.type == "cpu" and not 0 <= int(labels.min()) <= int(labels.max()) < self.num_classes:
                 raise ValueError(f"the teacher knows labels 0 to {self.num_classes - 1}, not {int(labels.min())} to {int(labels.max())}")
-            t = torch.as_tensor(t, dtype=torch.float32, device=device).expand(batch)
+            t = t.float().expand(batch) if isinstance(t, torch.Tensor) else torch.full((batch,), float(t), device=device)
             noise = torch.randn_like(z) if noise is None else noise
             if noise.shape != z.shape:
                 raise ValueError(f"noise is {list(noise.shape)}, expected the latent's shape {list(z.shape)}")
@@ -296,7 +298,7 @@ def build_vae(tensors):
     """A VAEEncoder of the sizes that a VA-VAE file's tensors (or anything with .shape, by name) have."""
     blocks = {match.groups() for name in tensors if (match := re.match(r"encoder\.down\.(\d)\.block\.(\d)\.", name))}  # (level, block)
     levels = []
-    for i in range(1 + max(int(level) for level, _ in blocks)):
+    for i in range(1 + max((int(level) for level, _ in blocks), default=0)):
         width = _shape(tensors, f"encoder.down.{i}.block.0.conv1.weight")[0]
         levels.append((width, sum(level == str(i) for level, _ in blocks), f"encoder.down.{i}.attn.0.norm.weight" in tensors))
     return VAEEncoder(tensors["encoder.conv_in.weight"].shape[0], levels, _shape(tensors, "encoder.conv_out.weight")[0] // 2)
@@ -322,16 +324,22 @@ def _shape(tensors, name):
     return tensors[name].shape
 
 
-def _fill(module, tensors):
-    """Give `module`, built on the meta device, the tensors of its names, in float32 and in memory of their own."""
+def _fill(module, tensors, used):
+    """Give `module`, built on the meta device, the tensors of its names, in float32 and in memory of their own. used: prefixes of the
+    parts that it computes; a further tensor there, say of a norm that our network has no place for, would change the result."""
     needed = module.state_dict()
     missing = [name for name in needed if name not in tensors]
     if missing:
         raise ValueError(f"lacks {len(missing)} of {len(needed)} tensors: {', '.join(missing[:5])}{' ...' * (len(missing) > 5)}")
+    unknown = [name for name in tensors if name not in needed and name.startswith(used)]
+    if unknown:
+        raise ValueError(f"is of another architecture, it has {unknown[0]}")
     for name, expected in needed.items():
         tensor = tensors[name]
-        if tensor.shape != expected.shape or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        if tensor.shape != expected.shape or tensor.is_meta or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
             raise ValueError(f"{name} is {list(tensor.shape)}, expected {list(expected.shape)}, each value stored")
+        if not tensor.isfinite().all():
+            raise ValueError(f"{name} is not finite")
     module.load_state_dict({name: tensors[name].to(torch.float32, copy=True) for name in needed}, assign=True)
 
 
@@ -349,14 +357,15 @@ def load_dit_encoder(dit_path, vae_path, stats_path, layer=14, zero_channels=(10
         tensors = _read(path, "ema", "x_embedder.proj.weight")
         with torch.device("meta"):  # only names and shapes so far: nothing is allocated before they are known to fit
             dit = build_dit(tensors, layer, num_heads)
-        _fill(dit, tensors)
+        blocks = [f"blocks.{i}." for i in range(layer)] + [f"blocks.{layer}.norm1.", f"blocks.{layer}.adaLN_modulation."]
+        _fill(dit, tensors, ("x_embedder.", "t_embedder.", "y_embedder.", "feat_rope.", *blocks))
         if not all(0 <= channel < dit.pos_embed.shape[2] for channel in zero_channels):
             raise ValueError(f"is {dit.pos_embed.shape[2]} wide, expected zero_channels {tuple(zero_channels)} to be below that")
         path = vae_path
         tensors = _read(path, "state_dict", "encoder.conv_in.weight")
         with torch.device("meta"):
             vae = build_vae(tensors)
-        _fill(vae, tensors)
+        _fill(vae, tensors, ("encoder.", "quant_conv."))
         encoder = DiTEncoder(vae, dit, image_size, zero_channels)
         channels, side, _ = encoder.latent_shape
         if vae.quant_conv.out_channels != 2 * channels:
@@ -375,7 +384,7 @@ def load_dit_encoder(dit_path, vae_path, stats_path, layer=14, zero_channels=(10
     except Exception as error:  # whatever else is wrong in a file
         text = str(error) if isinstance(error, ValueError) else f"not usable ({type(error).__name__})"
         raise ValueError(text if text.startswith(f"{path}: ") else f"{path}: {text}") from None
-    return encoder.requires_grad_(False)
+    return encoder
 
 
 def main():

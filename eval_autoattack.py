@@ -116,8 +116,8 @@ def _raise_input_error(message):
 def load_classifier(path, arch=None, dataset=None, script=None, weights="averaged"):
     """A classifier in evaluation mode, frozen, float32, channels-last, on the CPU: images [B, 3, H, W] in [0, 1] -> logits [B, classes].
 
-    path: a checkpoint of these scripts, DM-AT's (`model_state_dict`, keys may begin with "module.0.") or RobustBench's (weights bare
-    or under `state_dict`). arch and dataset: in place of what the checkpoint says, necessary where it says nothing. script: a
+    path: a checkpoint of these scripts, DM-AT's (`model_state_dict`, keys may begin with "module.0.") or RobustBench's for CIFAR (weights
+    bare or under `state_dict`). arch and dataset: in place of what the checkpoint says, necessary where it says nothing. script: a
     training script whose `build_model` makes the network, by default the one for the dataset. weights: "averaged" or "raw".
     Loading is strict and runs nothing that is in the file. The returned module has `info`: arch, dataset, weights, num_classes,
     script, and args, the settings of the training run ({} in foreign files). Raises InputError, one line that names the file.
@@ -207,8 +207,7 @@ def import_script(path):
 def load_images(args, info):
     """Test images float32 [N, 3, H, W] in [0, 1] and labels int64 [N], on the CPU. info: as `load_classifier` leaves it."""
     if info.dataset == "imagenet":
-        size = info.args.get("image_size")
-        return load_imagenet(Path(args.data_dir), args.image_list, args.n, info.num_classes, size if isinstance(size, int) else 224)
+        return load_imagenet(Path(args.data_dir), args.image_list, args.n, info.num_classes, info.args.get("image_size", 224), info.args.get("classes"))
     import train_cifar
     source = SimpleNamespace(dataset=info.dataset, data_dir=args.data_dir, smoke=info.args.get("smoke") is True, seed=info.args.get("seed", 0))
     try:
@@ -218,21 +217,28 @@ def load_images(args, info):
     return test.images.permute(0, 3, 1, 2).contiguous().float() / 255, test.labels.long()
 
 
-def load_imagenet(folder, image_list, n, num_classes=1000, image_size=224):
+def load_imagenet(folder, image_list, n, num_classes=1000, image_size=224, class_names=None):
     """RobustBench's protocol: shorter side to 256, centre crop 224 (in proportion for another image_size); the listed images, else
     all of val/ in order.
 
-    Class numbers are the positions of the class folders in sorted order. A listed path is relative to `folder` or to its val/.
+    Class numbers are the positions of the class folders in sorted order, and class_names, if the checkpoint has them, the names that
+    these have to have. A listed path is relative to `folder` or to its val/.
     """
     from torchvision import datasets, transforms
+    if not isinstance(image_size, int) or not 32 <= image_size < 4096:
+        raise InputError(f"the checkpoint's image_size is {image_size}, expected 32 to 4095")
     if not (folder / "val").is_dir():
         raise InputError(f"--data-dir {folder}: has no folder val/")
     names = sorted(entry.name for entry in (folder / "val").iterdir() if entry.is_dir() and not entry.name.startswith("."))
     classes = {name: i for i, name in enumerate(names)}
     if len(classes) != num_classes:
         raise InputError(f"--data-dir {folder}: val/ has {len(classes)} class folders, expected {num_classes}")
+    if class_names is not None and class_names != names:
+        raise InputError(f"--data-dir {folder}: the class folders in val/ have other names than those that the checkpoint was trained on")
     if image_list is None:
-        paths = [path for name in names for path in sorted((folder / "val" / name).iterdir())]
+        paths = [path for name in names for path in sorted((folder / "val" / name).iterdir()) if path.name.lower().endswith(datasets.folder.IMG_EXTENSIONS)]
+        if n is None and len(paths) > 10_000:
+            raise InputError(f"--data-dir {folder}: val/ has {len(paths):,} images, expected --image-list (RobustBench's 5,000) or --n, since all are held in memory")
     else:
         lines = [line.split()[0] for line in Path(image_list).read_text(errors="replace").splitlines() if line.strip()]
         paths = [folder / line if line.startswith("val/") else folder / "val" / line for line in lines]
@@ -243,7 +249,10 @@ def load_imagenet(folder, image_list, n, num_classes=1000, image_size=224):
     for path in tqdm(paths[:n], desc="reading images", disable=None):
         if path.parent.name not in classes:
             raise InputError(f"--image-list {image_list}: {path} is in no class folder of {folder / 'val'}")
-        images.append(prepare(datasets.folder.pil_loader(path)))
+        try:
+            images.append(prepare(datasets.folder.pil_loader(path)))
+        except Exception as error:  # a damaged file can fail in any way
+            raise InputError(f"{path}: cannot be read as an image ({type(error).__name__})") from None
         labels.append(classes[path.parent.name])
     if not images:
         raise InputError(f"--image-list {image_list}: names no image")

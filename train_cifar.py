@@ -28,10 +28,12 @@ import argparse
 import contextlib
 import copy
 import csv
+import fcntl
 import math
 import mmap
 import os
 import re
+import signal
 import sys
 import time
 import zipfile
@@ -417,6 +419,16 @@ def set_batchnorm_momentum(model, momentum):
             module.momentum = momentum
 
 
+def all_reduce(tensor, operation=dist.ReduceOp.SUM):
+    """Combine the processes' tensors in place; nothing to do in a single process. Raises ConnectionError where one has died."""
+    if dist.is_initialized():
+        try:
+            dist.all_reduce(tensor, operation)
+        except RuntimeError as error:
+            raise ConnectionError(f"another process has stopped ({one_line(error)}); the same command continues from the last checkpoint") from None
+    return tensor
+
+
 def average_gradients(parameters):
     """Mean gradient over all processes. By hand rather than by DistributedDataParallel: a step costs 27 forward passes, so there is
     little to gain from overlapping, and the two training-mode forwards of one step would trip over its buffer broadcasts."""
@@ -424,7 +436,7 @@ def average_gradients(parameters):
         return
     gradients = [p.grad for p in parameters if p.grad is not None]
     flat = torch.cat([g.flatten() for g in gradients])
-    dist.all_reduce(flat)
+    all_reduce(flat)
     flat /= dist.get_world_size()
     for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients])):
         gradient.copy_(mean.view_as(gradient))
@@ -792,6 +804,37 @@ def write_log(path, row, minutes_left):
     print(text.format(**row) + f"  {minutes_left:.1f} min left", flush=True)
 
 
+@contextlib.contextmanager
+def locked(folder):
+    """Keep a second run out of the folder. The lock is the process's own: a killed one leaves none behind."""
+    with open(folder / "lock", "w") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise InputError(f"{folder}: another run is at work there") from None
+        yield
+
+
+class Stopped(Exception):
+    """A signal asked the run to stop, and its state is saved. The exit code is 128 + the signal's number, as is usual."""
+
+
+@contextlib.contextmanager
+def noted_signals():
+    """While this lasts, SIGTERM and Ctrl-C are only noted, in the list that it gives; a second one of a kind ends the process."""
+    noted = []
+
+    def note(number, _frame):
+        noted.append(number)
+        signal.signal(number, signal.SIG_DFL)
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield noted
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The run
 
@@ -857,8 +900,11 @@ def build_run(args, device, teacher):
     return model, averaged, projectors, build_optimizer(args, model, projectors)
 
 
-def train(args, data, teacher, run, out, total_steps):
-    """Train to `total_steps`, from the last checkpoint in `out` or else from scratch. run: as from `build_run`, changed in place."""
+def train(args, data, teacher, run, out, total_steps, signals=()):
+    """Train to `total_steps`, from the last checkpoint in `out` or else from scratch. run: as from `build_run`, changed in place.
+
+    signals: as from `noted_signals`; when one has come, the step at work is finished and saved, and Stopped is raised.
+    """
     model, averaged, projectors, optimizer = run
     main_process, first_step, best = data.rank == 0, 0, -1.0
     last_checkpoint = next((out / name for name in ("last.pt", "best.pt") if (out / name).exists()), None)
@@ -869,6 +915,9 @@ def train(args, data, teacher, run, out, total_steps):
         best = max(best, saved_best)
         if main_process and last_checkpoint.name == "best.pt":  # there may be no step left that would write last.pt
             save_atomically(checkpoint(args, run, first_step, best), out / "last.pt")
+    same = all_reduce(torch.tensor([first_step, -first_step]), dist.ReduceOp.MAX)
+    if same.sum():
+        raise InputError(f"--out {out}: the processes see different checkpoints there (steps {-int(same[1])} to {int(same[0])}), expected a folder that all share")
     if main_process:
         print(f"continuing {last_checkpoint} after step {first_step} of {total_steps}" if last_checkpoint else "starting", flush=True)
         start_log(out / "log.csv", first_step)
@@ -888,7 +937,8 @@ def train(args, data, teacher, run, out, total_steps):
 
         # Bookkeeping. The numbers in `recent` stay on the device until a line is due: reading them would wait for the GPU.
         done, last = step + 1, step + 1 == total_steps
-        evaluating, saving = done % eval_every == 0 or last, done % save_every == 0 or last
+        stopping = int(all_reduce(torch.tensor(max(signals, default=0)), dist.ReduceOp.MAX))  # one process that has to stop stops all
+        evaluating, saving = done % eval_every == 0 or last, done % save_every == 0 or last or stopping
         if not (done % log_every == 0 or evaluating or saving):
             continue
         row = {"step": done, "epoch": done / data.steps_per_epoch, "lr": lr} | summarise(recent, done, model)
@@ -902,6 +952,9 @@ def train(args, data, teacher, run, out, total_steps):
             write_log(out / "log.csv", row, (total_steps - done) * (time.time() - started) / (done - first_step) / 60)
         if main_process and saving:
             save_atomically(checkpoint(args, run, done, best), out / "last.pt")
+        if stopping and not last:
+            all_reduce(torch.zeros(()))  # all wait until process 0 has saved
+            raise Stopped(stopping, f"stopped by {signal.Signals(stopping).name} after step {done} of {total_steps}; the same command continues from there")
         recent, since = [], time.time()
 
 
@@ -909,9 +962,7 @@ def summarise(recent, done, model):
     """Means of the last steps' numbers over all processes. Raises FloatingPointError where one of them or a weight is not finite:
     nothing is saved then."""
     table = torch.stack([torch.stack(list(numbers.values())) for numbers in recent])  # [steps, numbers]
-    if dist.is_initialized():
-        dist.all_reduce(table)
-    table = table.cpu() / (dist.get_world_size() if dist.is_initialized() else 1)
+    table = all_reduce(table).cpu() / (dist.get_world_size() if dist.is_initialized() else 1)
     bad = (~table.isfinite().all(dim=1)).nonzero()
     if len(bad):
         values = ", ".join(f"{name} {value:g}" for name, value in zip(recent[0], table[bad[0, 0]].tolist()))
@@ -941,10 +992,12 @@ def main(argv=None):
     rank, world, local = [int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))]
     device = torch.device("cuda", local) if args.device == "cuda" else torch.device("cpu")
     if args.device == "cuda":
+        if local >= torch.cuda.device_count():
+            raise InputError(f"--device cuda: {torch.cuda.device_count()} GPUs here, too few for process {local}")
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
     if world > 1:  # two hours, since process 0 may evaluate or download while the others wait
-        dist.init_process_group("nccl" if args.device == "cuda" else "gloo", timeout=timedelta(hours=2),
+        dist.init_process_group("cpu:gloo,cuda:nccl" if args.device == "cuda" else "gloo", timeout=timedelta(hours=2),
                                 device_id=device if args.device == "cuda" else None)
     out = Path(args.out)
     if out.exists() and not out.is_dir():
@@ -962,7 +1015,8 @@ def main(argv=None):
     if not args.dry_run:
         out.mkdir(parents=True, exist_ok=True)
         try:
-            train(args, data, teacher, run, out, total_steps)
+            with locked(out) if rank == 0 else contextlib.nullcontext(), noted_signals() as signals:
+                train(args, data, teacher, run, out, total_steps, signals)
         except FloatingPointError as error:
             good = [str(out / name) for name in ("last.pt", "best.pt") if (out / name).exists()]
             raise FloatingPointError(f"{error}; last good checkpoint: {good[0] if good else 'none was due yet'}") from None
@@ -975,9 +1029,20 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
+    except ConnectionError as problem:
+        print(f"error: {problem}", file=sys.stderr)
+        sys.exit(1)
     except (InputError, OSError) as problem:
         print(f"error: {problem}", file=sys.stderr)
         sys.exit(2)
     except FloatingPointError as problem:
         print(f"error: {problem}", file=sys.stderr)
         sys.exit(1)
+    except torch.OutOfMemoryError as problem:
+        print(f"error: {one_line(problem)} Use a smaller --batch-size, or more GPUs.", file=sys.stderr)
+        sys.exit(1)
+    except Stopped as stopped:
+        print(stopped.args[1], file=sys.stderr)
+        sys.exit(128 + stopped.args[0])
+    except KeyboardInterrupt:  # not while training: nothing that was not saved yet
+        sys.exit(128 + signal.SIGINT)

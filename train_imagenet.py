@@ -31,10 +31,12 @@ import argparse
 import contextlib
 import copy
 import csv
+import fcntl
 import hashlib
 import json
 import math
 import os
+import signal
 import sys
 import time
 from datetime import timedelta
@@ -59,6 +61,7 @@ from dit_encoder import DiTEncoder, LightningDiT, VAEEncoder, load_dit_encoder
 # Settings. "stated": in the paper. "inherited": from DM-AT, whose recipe the paper builds on. "chosen": by us.
 # The flags in `parse_args` are what one changes to reproduce the paper; the constants here are the rest of the recipe.
 
+CROP_AREA = (0.08, 1.0)  # share of the image that a random resized crop covers (chosen: torchvision's default)
 LION_BETAS = (0.9, 0.99)  # Lion's own paper, arXiv 2302.06675
 WARMUP = 0.025  # share of all steps with a rising learning rate; weight averaging starts where it ends (inherited)
 RESIZE = 256 / 224  # shorter side over centre crop in evaluations, RobustBench's protocol
@@ -66,7 +69,7 @@ HOLDOUT = 1024  # training images, evenly spaced, kept out of training to pick b
 SELECTION_STEPS = 40  # steps of the margin-loss attack on them (inherited)
 PROJECTOR_WIDTH = 2048  # hidden width of h; REPA's, arXiv 2410.06940 (the paper states three layers)
 ZERO_CHANNELS, TEACHER_HEADS, TEACHER_SIZE = (1053, 259), 16, 256  # LightningDiT-XL/1's (the channels: stated)
-CACHE_CHUNK = 256  # images whose cached targets are computed and written together
+CACHE_CHUNK, CACHE_BATCH = 256, 64  # images whose cached targets are written, and computed, together
 TABLE_STEPS, TABLE_IMAGES = 10, 1024  # PGD for the closing table, a quick look and no result: AutoAttack is the judge
 LOG_EVERY = 50  # steps
 
@@ -125,7 +128,7 @@ def parse_args(argv=None):
     # Diffusion representation alignment
     add("--dra-weight", type=number(at_least=0, below=1e6), default=1.0, help="lambda in eq. (4); 0 is plain adversarial training and needs no teacher (chosen)")
     add("--teacher", nargs=3, metavar=("DIT", "VAE", "STATS"), help="LightningDiT-XL/1, VA-VAE and latents_stats.pt (stated: the model that drew the synthetic images)")
-    add("--teacher-t", type=number(above=0, below=1.000001), default=0.9, help="time for the teacher: 1 is the clean image, 0 pure noise (chosen)")
+    add("--teacher-t", type=number(above=0, below=1.001), default=0.9, help="time for the teacher: 1 is the clean image, 0 pure noise (chosen)")
     add("--teacher-layer", type=number(int, at_least=0, below=1e9), default=14, help="block whose input is the target (stated)")
     add("--teacher-unconditional", action="store_true", help="do not tell the teacher the label")
     add("--cache-targets", metavar="DIR", help="compute the targets once, of each image's centre crop and its mirror image, and keep them there; "
@@ -147,7 +150,7 @@ def parse_args(argv=None):
     # What depends on other flags.
     if args.device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: no CUDA device is available here; use --device cpu")
-    if args.synthetic_fraction and not args.synthetic and not args.smoke:
+    if args.synthetic_fraction and not args.synthetic and not (args.smoke and args.data is None):
         raise InputError("--synthetic-fraction: expected --synthetic DIR with it")
     if args.dra_weight == 0:  # plain adversarial training: what is said of the teacher does not matter
         args.teacher, args.cache_targets = None, None
@@ -155,6 +158,7 @@ def parse_args(argv=None):
         raise InputError("--teacher: expected LightningDiT's, VA-VAE's and the latent statistics' file (the README says where they are), "
                          "or --dra-weight 0 for plain adversarial training")
     args.amp = args.device == "cuda" and not args.no_amp
+    args.cached = args.cache_targets is not None
     return args
 
 
@@ -196,14 +200,18 @@ def build_model(arch, num_classes, pretrained):
 
     arch: a timm model's name, such as "vit_base_patch16_dinov3.lvd1689m"; pretrained: with timm's weights, downloaded on first
     use. Pooled by the mean over patches or positions (chosen; said explicitly, since timm's default differs between models).
-    Raises InputError for an unknown name, weights that cannot be had, or a model with batch norm.
+    Raises InputError for an unknown name, weights that cannot be had, or a model with batch norm, dropout or stochastic depth.
     """
+    if ":" in arch:  # "hf-hub:..." would have timm ask any repository, named by a checkpoint even
+        raise InputError(f"--arch {arch}: expected the name of a model of timm's own")
     try:
         backbone = timm.create_model(arch, pretrained=pretrained, num_classes=num_classes, global_pool="avg")
     except Exception as error:  # timm and its hub raise errors of many kinds
         raise InputError(f"--arch {arch}: timm cannot build it{' with its pretrained weights' * pretrained} ({one_line(error)})") from None
     if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in backbone.modules()):
         raise InputError(f"--arch {arch}: has batch norm, expected a model without, such as a ViT or ConvNeXt: here clean and attacked images share a forward")
+    if any(getattr(module, name, 0) for module in backbone.modules() for name in ("drop_prob", "p") if isinstance(module, (nn.Dropout, timm.layers.DropPath))):
+        raise InputError(f"--arch {arch}: has dropout or stochastic depth, expected a model without: here every draw depends on seed and step alone")
     return Classifier(backbone)
 
 
@@ -308,7 +316,7 @@ class Lion(torch.optim.Optimizer):
 
 
 def build_optimizer(args, *modules):
-    """Lion over all parameters of `modules`, without weight decay on biases, normalisation layers and layer scales (timm's custom)."""
+    """Lion over all parameters of `modules`, without weight decay on vectors: biases, normalisation layers, layer scales (chosen)."""
     parameters = [p for module in modules for p in module.parameters()]
     groups = [{"params": [p for p in parameters if p.ndim > 1]}, {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0}]
     return Lion(groups, lr=args.lr, weight_decay=args.weight_decay)
@@ -336,6 +344,16 @@ def update_average(averaged, model, decay):
         mine.copy_(live)
 
 
+def all_reduce(tensor, operation=dist.ReduceOp.SUM):
+    """Combine the processes' tensors in place; nothing to do in a single process. Raises ConnectionError where one has died."""
+    if dist.is_initialized():
+        try:
+            dist.all_reduce(tensor, operation)
+        except RuntimeError as error:
+            raise ConnectionError(f"another process has stopped ({one_line(error)}); the same command continues from the last checkpoint") from None
+    return tensor
+
+
 def average_gradients(parameters):
     """Mean gradient over all processes. By hand rather than by DistributedDataParallel: a step costs 13 forward passes, so there is
     little to gain from overlapping, and the accumulated pieces of a batch need no special care."""
@@ -343,7 +361,7 @@ def average_gradients(parameters):
         return
     gradients = [p.grad for p in parameters if p.grad is not None]
     flat = torch.cat([g.flatten() for g in gradients])
-    dist.all_reduce(flat)
+    all_reduce(flat)
     flat /= dist.get_world_size()
     for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients])):
         gradient.copy_(mean.view_as(gradient))
@@ -419,6 +437,7 @@ class Folder:
     would be copied bit by bit into each process that reads images."""
 
     def __init__(self, path):
+        path = os.path.expanduser(path)
         try:
             found = ImageFolder(path)
         except OSError as error:
@@ -430,12 +449,12 @@ class Folder:
     def __len__(self):
         return len(self.labels)
 
-    def read(self, index):
-        """Image number `index` as a PIL image in RGB. Raises InputError, naming the file, where it is no image."""
+    def read(self, index, transform):
+        """transform(image number `index` as a PIL image in RGB). Raises InputError, naming the file, where it is no image."""
         path = os.path.join(self.path, os.fsdecode(self.names[index]))
         try:
             with Image.open(path) as image:
-                return image.convert("RGB")
+                return transform(image.convert("RGB"))
         except Exception as error:  # a damaged file can fail in any way
             raise InputError(f"{path}: cannot be read as an image ({one_line(error)})") from None
 
@@ -467,21 +486,24 @@ class Augmented(torch.utils.data.Dataset):
 
     def __init__(self, folders, args):
         self.folders, self.seed, self.cache, self.targets = folders, args.seed, args.cache_targets, None
-        self.crop = transforms.RandomResizedCrop(args.image_size)
+        self.crop = transforms.RandomResizedCrop(args.image_size, scale=CROP_AREA)
 
     def __getitem__(self, key):
         """-> image uint8 [3, H, W], label, cached target float16 [width] (empty without a cache)."""
         step, slot, index = key
         folder, number = (self.folders[0], index) if index < len(self.folders[0]) else (self.folders[1], index - len(self.folders[0]))
-        image = folder.read(number)
         with torch.random.fork_rng(devices=[]):  # torchvision draws from torch's global generator
             torch.manual_seed(random_seed(self.seed, (step, slot), "augment"))
-            image, flip = self.crop(image), int(torch.rand(()) < 0.5)
-        pixels = to_pixels(image)
+            pixels, flip = to_pixels(folder.read(number, self.crop)), int(torch.rand(()) < 0.5)
         if self.cache and self.targets is None:  # opened here, in the process that reads
             self.targets = np.load(Path(self.cache, "targets.npy"), mmap_mode="r")
         target = torch.zeros(0) if self.targets is None else torch.from_numpy(self.targets[index, flip].copy())
         return pixels.flip(2) if flip else pixels, int(folder.labels[number]), target
+
+
+def ignore_interrupts(_worker):
+    """In a process that reads images: Ctrl-C, which goes to all processes, is the training process's to answer."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class Centred(torch.utils.data.Dataset):
@@ -498,7 +520,7 @@ class Centred(torch.utils.data.Dataset):
         """-> image uint8 [3, size, size], label, number."""
         index = int(self.numbers[i])
         folder, number = (self.folders[0], index) if index < len(self.folders[0]) else (self.folders[1], index - len(self.folders[0]))
-        return to_pixels(self.crop(folder.read(number))), int(folder.labels[number]), index
+        return to_pixels(folder.read(number, self.crop)), int(folder.labels[number]), index
 
 
 def draw_smoke_folders(path, seed):
@@ -535,6 +557,7 @@ class Data:
         self.real = torch.from_numpy(np.setdiff1d(np.arange(len(real)), held))  # numbers of those to train on
         self.n_real_images, self.n_synthetic_images = len(self.real), sum(map(len, self.folders[1:]))
         self.steps_per_epoch = math.ceil(len(real) / args.batch_size)  # DM-AT: whatever the synthetic data
+        args.classes = self.classes  # their names, in the order of the labels
         args.images = " ".join(folder.digest() for folder in self.folders)  # a continued run has to find the same
 
         if args.synthetic and args.synthetic_fraction is None:
@@ -569,7 +592,7 @@ class Data:
         shares = ([(step, slot, index) for slot, index in enumerate(self.draw_indices(step).tolist())][self.rank::self.world]
                   for step in range(first_step, total_steps))
         return iter(torch.utils.data.DataLoader(Augmented(self.folders, self.args), batch_sampler=shares, num_workers=self.args.workers,
-                                                pin_memory=self.device.type == "cuda"))
+                                                pin_memory=self.device.type == "cuda", worker_init_fn=ignore_interrupts))
 
     def batch(self, step, loaded, latent_shape=None):
         """All that `train_step` needs for one step. loaded: its images, labels and cached targets as from `load`.
@@ -586,42 +609,45 @@ class Data:
         return SimpleNamespace(images=images, labels=labels, start=start.clamp(0, 1), target=target.float() if args.cache_targets else None, teacher_noise=noise)
 
 
-def cache_targets(args, data, teacher):
+def cache_targets(args, data, teacher, signals=()):
     """Compute the teacher's features once: DIR/targets.npy, float16 [images, 2, width], of each centre crop and its mirror image.
 
     Noise is fixed per image and view. Chunks that are done are marked in done.npy, so a stopped run goes on where it was, with any number
-    of processes. Raises InputError where DIR was made from other images, or with another teacher or settings.
+    of processes. Raises InputError where DIR was made from other images (by name and size), or with another teacher or settings,
+    or is damaged; Stopped when a signal has come.
     """
     path, count = Path(args.cache_targets), sum(map(len, data.folders))
-    weights = hashlib.sha256()
-    for tensor in teacher.state_dict().values():
-        weights.update(tensor.cpu().contiguous().numpy())
-    made_from = {"images": " ".join(folder.digest(sizes=True) for folder in data.folders), "count": count, "teacher": weights.hexdigest()[:16],
-                 "layer": args.teacher_layer, "t": args.teacher_t, "labels": not args.teacher_unconditional, "seed": args.seed, "width": teacher.width}
     if data.rank == 0:
-        prepare_cache(path, made_from)
-    if data.world > 1:
-        dist.barrier()
+        weights = hashlib.sha256()
+        for tensor in teacher.state_dict().values():
+            weights.update(tensor.cpu().contiguous().numpy())
+        prepare_cache(path, {"images": " ".join(folder.digest(sizes=True) for folder in data.folders), "count": count, "width": teacher.width,
+                             "teacher": weights.hexdigest()[:16], "layer": args.teacher_layer, "t": args.teacher_t, "seed": args.seed,
+                             "labels": not args.teacher_unconditional, "bfloat16": args.amp, "chunk": CACHE_CHUNK})
+    all_reduce(torch.zeros(()))
     done = np.load(path / "done.npy")
-    if data.world > 1:
-        dist.barrier()  # all have seen the same state before anyone adds to it
+    all_reduce(torch.zeros(()))  # all have seen the same state before anyone adds to it
     todo = np.flatnonzero(~done)[data.rank::data.world]
     chunks = [range(chunk * CACHE_CHUNK, min(count, (chunk + 1) * CACHE_CHUNK)) for chunk in todo]
     crops = Centred(data.folders, np.arange(count), teacher.image_size, teacher.image_size)
     loader = torch.utils.data.DataLoader(crops, batch_sampler=chunks, num_workers=args.workers, pin_memory=data.device.type == "cuda")
     for chunk, (images, labels, numbers) in zip(todo, tqdm(loader, desc="caching targets", unit=f" x {CACHE_CHUNK} images", disable=None if data.rank == 0 else True)):
         noise = torch.stack([torch.randn((2, *teacher.latent_shape), generator=generator(args.seed, int(i), "cache")) for i in numbers])
-        images, labels, noise = [tensor.to(data.device) for tensor in (images, labels, noise)]
-        images = images.float() / 255
-        with torch.no_grad():
-            views = [teacher(view, None if args.teacher_unconditional else labels, args.teacher_t, noise[:, i]) for i, view in enumerate((images, images.flip(3)))]
-        targets = torch.stack(views, dim=1).half().cpu()  # [chunk, 2, width]
+        targets = []
+        for piece in zip(*(tensor.split(CACHE_BATCH) for tensor in (images, labels, noise))):
+            some_images, some_labels, some_noise = [tensor.to(data.device) for tensor in piece]
+            some_images, given = some_images.float() / 255, None if args.teacher_unconditional else some_labels
+            with torch.no_grad():
+                views = [teacher(view, given, args.teacher_t, some_noise[:, i]) for i, view in enumerate((some_images, some_images.flip(3)))]
+            targets.append(torch.stack(views, dim=1).half().cpu())
+        targets = torch.cat(targets)  # [chunk, 2, width]
         if not targets.isfinite().all():
             raise InputError(f"--cache-targets: the teacher's features of images {int(numbers[0])} to {int(numbers[-1])} are not finite in float16")
         write_rows(path / "targets.npy", int(numbers[0]), targets.numpy())
         write_rows(path / "done.npy", int(chunk), np.array([True]))
-    if data.world > 1:
-        dist.barrier()
+        if signals:
+            raise Stopped(signals[0], f"stopped by {signal.Signals(signals[0]).name} while caching targets; the same command continues from there")
+    all_reduce(torch.zeros(()))
 
 
 def prepare_cache(path, made_from):
@@ -646,6 +672,12 @@ def prepare_cache(path, made_from):
         np.lib.format.open_memmap(path / "targets.npy", "w+", np.float16, (made_from["count"], 2, made_from["width"]))
         np.save(path / "done.tmp.npy", np.zeros(math.ceil(made_from["count"] / CACHE_CHUNK), dtype=bool))
         os.replace(path / "done.tmp.npy", path / "done.npy")
+    try:
+        shapes = [np.load(path / name, mmap_mode="r").shape for name in ("targets.npy", "done.npy")]
+    except (OSError, ValueError, EOFError) as error:
+        raise InputError(f"--cache-targets {path}: is damaged ({one_line(error)}); remove the folder to compute it again") from None
+    if shapes != [(made_from["count"], 2, made_from["width"]), (math.ceil(made_from["count"] / CACHE_CHUNK),)]:
+        raise InputError(f"--cache-targets {path}: is damaged (arrays of {shapes}); remove the folder to compute it again")
 
 
 def write_rows(path, first, rows):
@@ -714,12 +746,12 @@ def checkpoint(args, run, step, best):
     weights = averaged.state_dict()
     return {"model_state_dict": weights, "state_dict": weights, "unaveraged_model_state_dict": model.state_dict(),
             "projector": projectors.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "best": best,
-            "args": vars(args), "arch": args.arch, "dataset": "imagenet", "num_classes": averaged.backbone.num_classes,
+            "args": vars(args), "arch": args.arch, "dataset": "imagenet", "num_classes": averaged.backbone.num_classes, "classes": args.classes,
             "mean": averaged.mean.flatten().tolist(), "std": averaged.std.flatten().tolist()}
 
 
 # Settings that may differ when a run continues: they say where it runs, not what it computes.
-MAY_DIFFER = {"data", "workers", "accumulate", "out", "device", "no_amp", "amp", "no_compile", "save_every", "dry_run"}
+MAY_DIFFER = {"data", "synthetic", "cache_targets", "workers", "accumulate", "out", "device", "no_amp", "amp", "no_compile", "save_every", "dry_run"}
 
 
 def restore(path, args, run):
@@ -760,13 +792,44 @@ def start_log(path, step):
 
 def write_log(path, row, minutes_left):
     """Append row {column: number} to log.csv and show it. Accuracies in percent; images_per_s over all processes;
-    waiting: percent of the time in which the device had nothing to do but wait for images."""
+    waiting: percent of the time in which the device had, at most, nothing to do but wait for images."""
     with open(path, "a", newline="") as file:
         csv.DictWriter(file, LOG_COLUMNS, lineterminator="\n").writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
     text = "step {step:>6}  epoch {epoch:7.2f}  loss {loss:.3f}" + "  cosine {cosine:.3f}" * ("cosine" in row)
     text += "  batch clean {train_clean:.1f} % robust {train_robust:.1f} %  {images_per_s:.1f} images/s, {waiting:.0f} % waiting for data"
     text += "  | held-out clean {holdout_clean:.2f} % robust {holdout_robust:.2f} %" * ("holdout_clean" in row)
     print(text.format(**row) + f"  {minutes_left:.1f} min left", flush=True)
+
+
+@contextlib.contextmanager
+def locked(folder):
+    """Keep a second run out of the folder. The lock is the process's own: a killed one leaves none behind."""
+    with open(folder / "lock", "w") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise InputError(f"{folder}: another run is at work there") from None
+        yield
+
+
+class Stopped(Exception):
+    """A signal asked the run to stop, and its state is saved. The exit code is 128 + the signal's number, as is usual."""
+
+
+@contextlib.contextmanager
+def noted_signals():
+    """While this lasts, SIGTERM and Ctrl-C are only noted, in the list that it gives; a second one of a kind ends the process."""
+    noted = []
+
+    def note(number, _frame):
+        noted.append(number)
+        signal.signal(number, signal.SIG_DFL)
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield noted
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -788,7 +851,7 @@ def load_teacher(args, data):
             teacher.mean, teacher.std, teacher.checked = latents.mean((0, 2, 3), keepdim=True), latents.std((0, 2, 3), keepdim=True), False
         else:
             teacher = load_dit_encoder(*args.teacher, args.teacher_layer, ZERO_CHANNELS, TEACHER_HEADS, TEACHER_SIZE)
-        teacher.latents(images)  # looks whether autoencoder and statistics belong together
+        teacher(images, None, args.teacher_t)  # looks whether images, autoencoder and statistics belong together
     except (ValueError, OSError) as error:
         raise InputError(f"--teacher {error}") from None
     if teacher.num_classes != len(data.classes) and not args.teacher_unconditional:
@@ -823,16 +886,18 @@ def print_plan(args, data, model, projectors, teacher, total_steps):
         print(f"{name:10} {text}", flush=True)
 
 
-def build_run(args, data, teacher):
+def build_run(args, data, teacher, pretrained=False):
     """Freshly initialised model, its average, projectors and optimizer: a function of the settings and the seed alone."""
     torch.manual_seed(args.seed)
-    model = build_model(args.arch, len(data.classes), pretrained=not (args.no_pretrained or args.dry_run))
+    model = build_model(args.arch, len(data.classes), pretrained)
     try:
         with torch.no_grad():
-            feature_width = model.eval().features(torch.zeros(1, 3, args.image_size, args.image_size)).shape[1]
-    except (AssertionError, RuntimeError) as error:
+            features = model.eval().features(torch.zeros(1, 3, args.image_size, args.image_size))
+            model.head(features)
+        _, feature_width = features.shape
+    except Exception as error:  # timm's models fail in many ways
         raise InputError(f"--image-size {args.image_size}: {args.arch} does not take it ({one_line(error)})") from None
-    projectors = nn.ModuleList(build_projector(feature_width, teacher.width) for _ in range(1) if teacher)
+    projectors = nn.ModuleList([build_projector(feature_width, teacher.width)] if teacher else [])
     model.to(data.device, memory_format=torch.channels_last)  # the faster layout for convolutions, on GPUs and CPUs
     projectors.to(data.device)
     averaged = copy.deepcopy(model).requires_grad_(False).eval()  # a copy: it shares no storage with the live model
@@ -840,8 +905,11 @@ def build_run(args, data, teacher):
     return model, averaged, projectors, build_optimizer(args, model, projectors)
 
 
-def train(args, data, teacher, run, out, total_steps):
-    """Train to `total_steps`, from the last checkpoint in `out` or else from scratch. run: as from `build_run`, changed in place."""
+def train(args, data, teacher, run, out, total_steps, signals=()):
+    """Train to `total_steps`, from the last checkpoint in `out` or else from scratch. run: as from `build_run`, changed in place.
+
+    signals: as from `noted_signals`; when one has come, the step at work is finished and saved, and Stopped is raised.
+    """
     model, averaged, projectors, optimizer = run
     main_process, first_step, best = data.rank == 0, 0, -1.0
     last_checkpoint = next((out / name for name in ("last.pt", "best.pt") if (out / name).exists()), None)
@@ -852,10 +920,20 @@ def train(args, data, teacher, run, out, total_steps):
         best = max(best, saved_best)
         if main_process and last_checkpoint.name == "best.pt":  # there may be no step left that would write last.pt
             save_atomically(checkpoint(args, run, first_step, best), out / "last.pt")
+    same = all_reduce(torch.tensor([first_step, -first_step]), dist.ReduceOp.MAX)
+    if same.sum():
+        raise InputError(f"--out {out}: the processes see different checkpoints there (steps {-int(same[1])} to {int(same[0])}), expected a folder that all share")
     if main_process:
         print(f"continuing {last_checkpoint} after step {first_step} of {total_steps}" if last_checkpoint else "starting", flush=True)
         start_log(out / "log.csv", first_step)
 
+    if args.cache_targets:
+        with contextlib.ExitStack() as stack:
+            if main_process:
+                Path(args.cache_targets).mkdir(parents=True, exist_ok=True)
+                stack.enter_context(locked(Path(args.cache_targets)))
+            cache_targets(args, data, teacher, signals)
+        teacher.cpu()  # it has done its part
     warmup = int(WARMUP * total_steps)
     eval_every, save_every = [max(1, round(epochs * data.steps_per_epoch)) for epochs in (args.eval_every, args.save_every)]
     log_every, recent, since, started, waiting = min(LOG_EVERY, data.steps_per_epoch), [], time.time(), time.time(), 0.0
@@ -876,7 +954,8 @@ def train(args, data, teacher, run, out, total_steps):
 
         # Bookkeeping. The numbers in `recent` stay on the device until a line is due: reading them would wait for the GPU.
         done, last = step + 1, step + 1 == total_steps
-        evaluating, saving = done % eval_every == 0 or last, done % save_every == 0 or last
+        stopping = int(all_reduce(torch.tensor(max(signals, default=0)), dist.ReduceOp.MAX))  # one process that has to stop stops all
+        evaluating, saving = done % eval_every == 0 or last, done % save_every == 0 or last or stopping
         if not (done % log_every == 0 or evaluating or saving):
             continue
         row = {"step": done, "epoch": done / data.steps_per_epoch, "lr": lr} | summarise(recent, done, model)
@@ -891,6 +970,9 @@ def train(args, data, teacher, run, out, total_steps):
             write_log(out / "log.csv", row, (total_steps - done) * (time.time() - started) / (done - first_step) / 60)
         if main_process and saving:
             save_atomically(checkpoint(args, run, done, best), out / "last.pt")
+        if stopping and not last:
+            all_reduce(torch.zeros(()))  # all wait until process 0 has saved
+            raise Stopped(stopping, f"stopped by {signal.Signals(stopping).name} after step {done} of {total_steps}; the same command continues from there")
         recent, since, waiting = [], time.time(), 0.0
 
 
@@ -898,9 +980,7 @@ def summarise(recent, done, model):
     """Means of the last steps' numbers over all processes. Raises FloatingPointError where one of them or a weight is not finite:
     nothing is saved then."""
     table = torch.stack([torch.stack(list(numbers.values())) for numbers in recent])  # [steps, numbers]
-    if dist.is_initialized():
-        dist.all_reduce(table)
-    table = table.cpu() / (dist.get_world_size() if dist.is_initialized() else 1)
+    table = all_reduce(table).cpu() / (dist.get_world_size() if dist.is_initialized() else 1)
     bad = (~table.isfinite().all(dim=1)).nonzero()
     if len(bad):
         values = ", ".join(f"{name} {value:g}" for name, value in zip(recent[0], table[bad[0, 0]].tolist()))
@@ -915,7 +995,7 @@ def print_table(args, data, run, out):
     """Clean and PGD accuracy on validation images, before and after: a quick look. `run` supplies a model to load weights into."""
     print(f"\n{len(data.test)} validation images, averaged model                clean    PGD-{TABLE_STEPS} at {args.eps * 255:g}/255")
     cross_entropy = lambda logits, labels: F.cross_entropy(logits, labels, reduction="sum")
-    for name in ("before training", "best.pt", "last.pt"):
+    for name in ["before training"] * args.no_pretrained + ["best.pt", "last.pt"]:
         model = build_run(args, data, None)[1] if name == "before training" else run[1]
         if name != "before training":
             restore(out / name, args, run)
@@ -933,7 +1013,8 @@ def run_once(args, device, rank, world, local):
         dist.barrier()  # the first process of each machine goes first: it may have to download
     data = Data(args, device, rank, world)
     teacher = load_teacher(args, data)
-    run = build_run(args, data, teacher)
+    begun = any((out / name).exists() for name in ("last.pt", "best.pt"))  # then the checkpoint has all weights
+    run = build_run(args, data, teacher, pretrained=not (args.no_pretrained or args.dry_run or begun))
     if world > 1 and local == 0:
         dist.barrier()
     total_steps = args.max_steps or args.epochs * data.steps_per_epoch
@@ -941,12 +1022,10 @@ def run_once(args, device, rank, world, local):
         print_plan(args, data, run[0], run[2], teacher, total_steps)
     if args.dry_run:
         return
-    if args.cache_targets:
-        cache_targets(args, data, teacher)
-        teacher.cpu()  # it has done its part
     out.mkdir(parents=True, exist_ok=True)
     try:
-        train(args, data, teacher, run, out, total_steps)
+        with locked(out) if rank == 0 else contextlib.nullcontext(), noted_signals() as signals:
+            train(args, data, teacher, run, out, total_steps, signals)
     except FloatingPointError as error:
         good = [str(out / name) for name in ("last.pt", "best.pt") if (out / name).exists()]
         raise FloatingPointError(f"{error}; last good checkpoint: {good[0] if good else 'none was due yet'}") from None
@@ -960,20 +1039,22 @@ def main(argv=None):
     rank, world, local = [int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))]
     device = torch.device("cuda", local) if args.device == "cuda" else torch.device("cpu")
     if args.device == "cuda":
+        if local >= torch.cuda.device_count():
+            raise InputError(f"--device cuda: {torch.cuda.device_count()} GPUs here, too few for process {local}")
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
     if world > 1:  # two hours, since process 0 may evaluate or download while the others wait
-        dist.init_process_group("nccl" if args.device == "cuda" else "gloo", timeout=timedelta(hours=2),
+        dist.init_process_group("cpu:gloo,cuda:nccl" if args.device == "cuda" else "gloo", timeout=timedelta(hours=2),
                                 device_id=device if args.device == "cuda" else None)
     if args.smoke and args.data is None:
-        args.data, args.synthetic = os.path.join(args.out, "data"), os.path.join(args.out, "data", "synthetic")
+        args.data, args.synthetic = os.path.join(args.out, "data"), args.synthetic or os.path.join(args.out, "data", "synthetic")
         if local == 0:
             draw_smoke_folders(Path(args.data), args.seed)
     if args.arch:
         run_once(args, device, rank, world, local)
     else:  # the smoke run: both kinds of backbone, and targets computed in each step as well as cached
-        for arch, cache in (("test_vit", None), ("test_convnext", os.path.join(args.out, "targets") if args.dra_weight else None)):
-            changes = {"arch": arch, "cache_targets": cache, "out": os.path.join(args.out, arch)}
+        for arch, cache in (("test_vit", args.cache_targets), ("test_convnext", args.cache_targets or args.dra_weight and os.path.join(args.out, "targets") or None)):
+            changes = {"arch": arch, "cache_targets": cache, "cached": cache is not None, "out": os.path.join(args.out, arch)}
             run_once(argparse.Namespace(**vars(args) | changes), device, rank, world, local)
     if world > 1:
         dist.destroy_process_group()
@@ -982,10 +1063,21 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
+    except ConnectionError as problem:
+        print(f"error: {problem}", file=sys.stderr)
+        sys.exit(1)
     except (InputError, OSError) as problem:
         # A process that reads images hands an error on with its own traceback in front; the line that says what is wrong is the last.
-        print(f"error: {str(problem).strip().split('InputError: ')[-1]}", file=sys.stderr)
+        print(f"error: {str(problem).strip().splitlines()[-1].split('InputError: ')[-1]}", file=sys.stderr)
         sys.exit(2)
     except FloatingPointError as problem:
         print(f"error: {problem}", file=sys.stderr)
         sys.exit(1)
+    except torch.OutOfMemoryError as problem:
+        print(f"error: {one_line(problem)} Use a larger --accumulate, or more GPUs.", file=sys.stderr)
+        sys.exit(1)
+    except Stopped as stopped:
+        print(stopped.args[1], file=sys.stderr)
+        sys.exit(128 + stopped.args[0])
+    except KeyboardInterrupt:  # not while training: nothing that was not saved yet
+        sys.exit(128 + signal.SIGINT)

@@ -174,6 +174,12 @@ def test_files_that_do_not_fit_give_one_clear_line(tmp_path):
         ("dit", changed(DIT, "ema", **{"blocks.0.attn.qkv.weight": torch.zeros(96, 31)}), {}, "blocks.0.attn.qkv.weight is [96, 31], expected [96, 32]"),
         ("dit", changed(DIT, "ema", **{"blocks.0.attn.qkv.weight": one_number}), {}, "each value stored"),
         ("dit", changed(DIT, "ema", **{"x_embedder.proj.weight": torch.zeros(())}), {}, ""),
+        ("dit", changed(DIT, "ema", **{"blocks.0.attn.proj.bias": torch.zeros(32, device="meta")}), {}, "each value stored"),
+        ("dit", changed(DIT, "ema", **{"blocks.0.attn.proj.bias": torch.full((32,), torch.nan)}), {}, "blocks.0.attn.proj.bias is not finite"),
+        ("dit", changed(DIT, "ema", **{"blocks.1.attn.q_norm.weight": torch.ones(16)}), {}, "another architecture, it has blocks.1.attn.q_norm.weight"),
+        ("dit", changed(DIT, "ema", **{"blocks.2.norm1.bias": torch.ones(32)}), {}, "another architecture, it has blocks.2.norm1.bias"),
+        ("vae", changed(VAE, "state_dict", **{"encoder.down.1.attn.0.q.weight": torch.ones(32, 32, 1, 1)}), {}, "another architecture"),
+        ("vae", {"state_dict": {"encoder.conv_in.weight": torch.zeros(32, 3, 3, 3)}}, {}, "lacks encoder.down.0.block.0.conv1.weight"),
         ("dit", read(DIT), {"layer": 3}, "has 3 blocks, expected layer 3 to be one of 0 to 2"),
         ("dit", read(DIT), {"num_heads": 16}, "it has 2 heads, not num_heads=16"),
         ("dit", read(DIT), {"zero_channels": (1053, 259)}, "is 32 wide, expected zero_channels (1053, 259)"),
@@ -222,8 +228,10 @@ def test_latents_that_are_not_normalised_are_an_error_in_the_first_batch(referen
 
 
 def test_images_outside_the_unit_range_are_noticed(reference):
-    with pytest.raises(ValueError, match="not in \\[0, 1\\]"):
-        load_dit_encoder(DIT, VAE, STATS, **SIZES).latents(torch.full((3, 3, 64, 64), torch.nan))
+    images = reference["image_uint8"].float()
+    for wrong in (images, images / 127.5 - 1, images / 0):
+        with pytest.raises(ValueError, match=r"first images run from .* expected values in \[0, 1\]"):
+            load_dit_encoder(DIT, VAE, STATS, **SIZES).latents(wrong)
 
 
 def test_wrong_inputs_are_named(encoder, reference):
