@@ -280,9 +280,9 @@ def _read(path, section, signature):
     ValueError unless `signature`, a name that marks the kind of file that is expected, is among them."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # mapped: most of a file is not needed
-    except OSError:
-        raise
     except Exception as error:  # without torch's own text: it suggests to load with weights_only=False
+        if isinstance(error, OSError) and error.filename:  # cannot be opened
+            raise
         raise ValueError(f"{path}: damaged, or no file of tensors and plain data ({type(error).__name__})") from None
     names = lambda part: {str(name).removeprefix("module."): value for name, value in part.items()} if isinstance(part, dict) else {}
     content = content if isinstance(content, dict) else {}

@@ -153,9 +153,9 @@ def read_checkpoint(path):
     """A checkpoint's dict. Data only: torch's restricted reader runs nothing that is in the file."""
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
     except Exception as error:
+        if isinstance(error, OSError) and error.filename:  # cannot be opened
+            raise
         # Without torch's own text: it suggests to load with weights_only=False, which is how a hostile file gets to run.
         raise InputError(f"{path}: damaged, or no checkpoint of tensors and plain data ({type(error).__name__})") from None
     if not isinstance(saved, dict):

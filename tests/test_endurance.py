@@ -1,0 +1,143 @@
+"""Signals, kills, full disks and a second run in the same folder: nothing is lost. (A longer version by hand: kill_twenty_times.py.)"""
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import train_cifar
+import train_imagenet
+from kill_twenty_times import differences
+from train_cifar import InputError, locked, noted_signals
+
+ROOT = Path(__file__).parent.parent
+ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}  # the order of sums depends on the number of threads
+
+
+def start(script, out, *more, **kwargs):
+    """A run of 24 steps that saves every fourth, as a process of its own."""
+    flags = {"train_cifar.py": ["--batch-size", "16", "--attack-steps", "2", "--save-every", "0.0589"],
+             "train_imagenet.py": ["--arch", "test_vit", "--image-size", "32", "--batch-size", "16", "--attack-steps", "1", "--save-every", "0.16", "--workers", "0"]}[script]
+    return subprocess.Popen([sys.executable, script, "--smoke", *flags, "--max-steps", "24", "--out", str(out), *more], cwd=ROOT, env=ONE_THREAD,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs)
+
+
+def wait_for(path, process):
+    while not path.exists():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.02)
+
+
+@pytest.fixture(scope="module", params=["train_cifar.py", "train_imagenet.py"])
+def undisturbed(request, tmp_path_factory):
+    """A script and the folder of its run that nobody disturbed."""
+    out = tmp_path_factory.mktemp(Path(request.param).stem)
+    _, errors = (process := start(request.param, out)).communicate()
+    assert process.returncode == 0, errors
+    return request.param, out
+
+
+def test_a_signal_lets_the_step_finish_saves_and_the_same_command_continues_to_the_same_bits(undisturbed, tmp_path):
+    script, whole = undisturbed
+    number, code = {"train_cifar.py": (signal.SIGTERM, 143), "train_imagenet.py": (signal.SIGINT, 130)}[script]
+    process = start(script, tmp_path)
+    wait_for(tmp_path / "last.pt", process)
+    process.send_signal(number)
+    _, errors = process.communicate()
+    step = torch.load(tmp_path / "last.pt", weights_only=True)["step"]
+    assert process.returncode == code and errors.splitlines() == [f"stopped by {number.name} after step {step} of 24; the same command continues from there"]
+    assert 4 <= step < 24
+    _, errors = (process := start(script, tmp_path)).communicate()
+    assert process.returncode == 0, errors
+    assert differences(tmp_path / "last.pt", whole / "last.pt") == [] and differences(tmp_path / "best.pt", whole / "best.pt") == []
+
+
+def test_ctrl_c_in_a_terminal_reaches_the_reading_processes_too(tmp_path):
+    """The signal goes to the whole group: the processes that read images leave the answer to the one that trains."""
+    process = start("train_imagenet.py", tmp_path, "--workers", "2", start_new_session=True)
+    wait_for(tmp_path / "last.pt", process)
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate()
+    assert process.returncode == 130 and len(errors.splitlines()) == 1 and "stopped by SIGINT" in errors
+
+
+def test_signals_are_noted_only_while_training_and_the_second_one_counts():
+    before = signal.getsignal(signal.SIGTERM)
+    with noted_signals() as noted:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert noted == [signal.SIGTERM] and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_killed_while_a_checkpoint_is_being_written(undisturbed, tmp_path):
+    """SIGKILL; kill_twenty_times.py does more of it, at random moments too."""
+    script, whole = undisturbed
+    for _ in range(2):
+        process = start(script, tmp_path)
+        wait_for(tmp_path / "last.pt", process)
+        while process.poll() is None and not (tmp_path / "last.pt.tmp").exists():
+            pass
+        process.kill()
+        process.communicate()
+    assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] < 24, "whole, although its successor was in the making"
+    _, errors = (process := start(script, tmp_path)).communicate()
+    assert process.returncode == 0, errors
+    assert differences(tmp_path / "last.pt", whole / "last.pt") == [] and not (tmp_path / "last.pt.tmp").exists()
+
+
+def test_a_full_disk_is_one_clear_line_and_leaves_the_last_checkpoint(tmp_path):
+    """Files may only grow to 100 kB in the second process, as on a disk that is full; the write fails in the middle of the checkpoint."""
+    script = "train_cifar.py"
+    process = start(script, tmp_path)
+    wait_for(tmp_path / "last.pt", process)
+    process.kill()
+    process.communicate()
+    before = (tmp_path / "last.pt").read_bytes()
+    process = start(script, tmp_path, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)))
+    _, errors = process.communicate()
+    assert process.returncode == 2 and len(errors.splitlines()) == 1, errors
+    assert "last.pt: cannot be written" in errors or "best.pt: cannot be written" in errors
+    assert (tmp_path / "last.pt").read_bytes() == before and torch.load(tmp_path / "last.pt", weights_only=True)["step"] >= 4
+    assert not (tmp_path / "last.pt.tmp").exists()
+
+
+def test_a_second_run_in_the_same_folder_is_refused_and_a_killed_one_locks_nothing(tmp_path):
+    process = start("train_cifar.py", tmp_path)
+    wait_for(tmp_path / "last.pt", process)
+    with pytest.raises(InputError, match="another run is at work there"):
+        with locked(tmp_path):
+            pass
+    process.kill()
+    process.communicate()
+    with locked(tmp_path):
+        pass
+
+
+def test_a_loss_that_is_not_finite_names_step_terms_and_the_last_good_checkpoint(tmp_path):
+    """The learning rate explodes after the first checkpoint (a rate that is fine in the warm-up's first steps)."""
+    for script, flags in ((train_cifar, ["--batch-size", "16", "--attack-steps", "1"]),
+                          (train_imagenet, ["--arch", "test_vit", "--image-size", "32", "--batch-size", "16", "--attack-steps", "1", "--workers", "0"])):
+        out = tmp_path / script.__name__
+        step, count = script.train_step, []
+
+        def exploding(model, *rest):
+            count.append(1)
+            if len(count) == 4:
+                with torch.no_grad():
+                    next(model.parameters()).fill_(torch.nan)
+            return step(model, *rest)
+        script.train_step = exploding
+        try:
+            with pytest.raises(FloatingPointError) as caught:
+                script.main(["--smoke", *flags, "--max-steps", "8", "--save-every", "0.0001", "--out", str(out)])
+        finally:
+            script.train_step = step
+        message = str(caught.value)
+        assert "not finite in step 4" in message and "loss nan" in message and "trades nan" in message and f"last good checkpoint: {out / 'last.pt'}" in message
+        saved = torch.load(out / "last.pt", weights_only=True)
+        assert saved["step"] == 3 and all(value.isfinite().all() for value in saved["model_state_dict"].values())
