@@ -56,21 +56,21 @@ def run(script, out, steps):
 
 def kill_once(script, out, steps, while_writing, rng):
     """Start the command and kill it: once it has got further, at a random moment or while last.pt is being written. Returns where it was."""
-    checkpoint = lambda: (out / "last.pt").stat().st_mtime_ns if (out / "last.pt").exists() else 0
+    changed = lambda name: (out / name).stat().st_mtime_ns if (out / name).exists() else 0  # (a kill may leave a last.pt.tmp behind)
     process = subprocess.Popen(command(script, out, steps), cwd=ROOT, stdout=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    before = checkpoint()
-    while process.poll() is None and checkpoint() == before and not (rng.random() < 0.002 and not while_writing):
+    before = changed("last.pt")
+    while process.poll() is None and changed("last.pt") == before and not (rng.random() < 0.002 and not while_writing):
         time.sleep(0.005)
+    last_write = changed("last.pt.tmp")
     if while_writing:
-        while process.poll() is None and not (out / "last.pt.tmp").exists():
+        while process.poll() is None and changed("last.pt.tmp") in (0, last_write):
             pass
     else:
         time.sleep(rng.uniform(0, 1))
-    writing = (out / "last.pt.tmp").exists()
     process.send_signal(signal.SIGKILL)
     process.wait()
     step = torch.load(out / "last.pt", weights_only=True)["step"] if (out / "last.pt").exists() else 0
-    return step, writing or (out / "last.pt.tmp").exists()
+    return step, changed("last.pt.tmp") not in (0, last_write)
 
 
 def trial(script, folder, kills, steps, seed=0):
@@ -96,7 +96,7 @@ def main():
     args = parser.parse_args()
     for script in args.script or SETTINGS:
         folder = Path(args.folder or tempfile.mkdtemp()) / Path(script).stem
-        during_writes, different = trial(script, folder, args.kills, steps=14 * args.kills + 20)
+        during_writes, different = trial(script, folder, args.kills, steps=6 * args.kills + 20)
         print(f"{script}: {args.kills} kills, {during_writes} of them while a checkpoint was being written; "
               + ("DIFFERS: " + ", ".join(different[:5]) if different else "all weights, the optimizer, the projector and the log are those of the undisturbed run"))
         if different:
