@@ -29,14 +29,17 @@ import contextlib
 import copy
 import csv
 import fcntl
+import json
 import math
 import mmap
 import os
 import re
+import resource
 import signal
 import sys
 import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from fractions import Fraction
 from pathlib import Path
@@ -48,6 +51,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from edm_encoder import EDMEncoder, load_edm_encoder
 
@@ -74,6 +78,7 @@ HOLDOUT = 1024  # the first training images, kept out of training to pick best.p
 SELECTION_STEPS = 40  # steps of the margin-loss attack on them (inherited)
 PROJECTOR_WIDTH = 2048  # hidden width of h; REPA's, arXiv 2410.06940 (the paper states three layers)
 EXTRA_LOG_SIGMA = (-1.2, 1.2)  # mean and standard deviation of ln(sigma), EDM's training distribution (stated by reference)
+BENCHMARK_WARMUP = 5  # steps before the clock starts: compilation, and cuDNN's choice of algorithms
 TABLE_STEPS, TABLE_IMAGES = 10, 1024  # PGD for the closing table, a quick look and no result: AutoAttack is the judge
 LOG_EVERY = 50  # steps
 
@@ -142,6 +147,8 @@ def parse_args(argv=None):
     add("--no-compile", action="store_true", help="no torch.compile (default on CUDA: compiled)")
     add("--eval-every", type=positive, default=5, help="epochs between evaluations of the averaged model on the held-out images")
     add("--save-every", type=positive, default=1, help="epochs between checkpoints")
+    add("--benchmark", type=count, nargs="?", const=20, metavar="STEPS", help="time that many steps (20 if not given), print one line of JSON and stop; draws images and a teacher of full size where none are given")
+    add("--peak-tflops", type=positive, help="the device's peak rate, for --benchmark to compare with")
     add("--dry-run", action="store_true", help="print the plan and stop")
     if "--smoke" in (sys.argv[1:] if argv is None else argv):  # small enough for two CPU cores; any flag still beats these
         parser.set_defaults(arch="wrn-10-1", epochs=6, batch_size=64, lr=0.1, eval_every=3, out="runs/smoke", device="cpu")
@@ -156,7 +163,7 @@ def parse_args(argv=None):
         raise InputError("--synthetic-fraction: expected --synthetic FILE with it")
     if args.dra_weight == 0:  # plain adversarial training: what is said of the teacher does not matter
         args.teacher, args.extra_sigma = None, False
-    elif args.teacher is None and not args.smoke:
+    elif args.teacher is None and not args.smoke and not args.benchmark:
         args.teacher = DATASETS[args.dataset].teacher
     args.amp = args.device == "cuda" and not args.no_amp
     return args
@@ -367,15 +374,18 @@ class Lion(torch.optim.Optimizer):
         """Update every parameter that has a gradient."""
         for group in self.param_groups:
             beta1, beta2 = group["betas"]
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
+            params = [p for p in group["params"] if p.grad is not None]
+            for p in params:
                 if not self.state[p]:
                     self.state[p]["momentum"] = torch.zeros_like(p)
-                momentum = self.state[p]["momentum"]
-                update = momentum.lerp(p.grad, 1 - beta1).sign_()
-                p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update, alpha=group["lr"])
-                momentum.lerp_(p.grad, 1 - beta2)
+            if not params:
+                continue
+            gradients, momenta = [p.grad for p in params], [self.state[p]["momentum"] for p in params]
+            updates = torch._foreach_lerp(momenta, gradients, 1 - beta1)  # a few launches for all parameters together
+            torch._foreach_sign_(updates)
+            torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_add_(params, updates, alpha=-group["lr"])
+            torch._foreach_lerp_(momenta, gradients, 1 - beta2)
 
 
 def build_optimizer(args, *modules):
@@ -442,6 +452,14 @@ def average_gradients(parameters):
         gradient.copy_(mean.view_as(gradient))
 
 
+@torch.no_grad()
+def ask_teacher(teacher, batch, args):
+    """g(x_t, t, y) for each noise level in batch.teacher_noise (none without alignment), from the clean images: a list of [B, width] float32."""
+    labels = None if args.teacher_unconditional else batch.labels
+    with torch.autocast(batch.images.device.type, torch.bfloat16, enabled=args.amp):
+        return [teacher(batch.images, labels, sigma, noise) for sigma, noise in batch.teacher_noise]
+
+
 def train_step(model, averaged, projectors, teacher, optimizer, batch, decay, args):
     """One optimisation step, in the paper's order. Deterministic: all randomness is in `batch` (see `Data.batch`).
 
@@ -463,9 +481,7 @@ def train_step(model, averaged, projectors, teacher, optimizer, batch, decay, ar
 
     # L_DRA, eq. (3): the projected features of x' against the teacher's of the clean x. The mean over projectors (chosen).
     alignment = trades.new_zeros(())
-    for projector, (sigma, noise) in zip(projectors, batch.teacher_noise):
-        with torch.no_grad(), torch.autocast(images.device.type, torch.bfloat16, enabled=args.amp):
-            target = teacher(images, None if args.teacher_unconditional else labels, sigma, noise)  # [B, width] float32
+    for projector, target in zip(projectors, ask_teacher(teacher, batch, args)):
         alignment = alignment + dra_loss(projector(adv_features), target) / len(projectors)
 
     loss = trades + args.dra_weight * alignment  # eq. (4)
@@ -550,6 +566,7 @@ class Images:
             index = index.to(self.images.device)
             return self.images[index], self.labels[index].long()
         images = torch.from_numpy(self.images[index.numpy()])  # a copy
+        images = images.pin_memory() if torch.cuda.is_available() else images  # from where it moves to a GPU without being waited for
         self.mapping.madvise(mmap.MADV_DONTNEED)  # or the resident memory would grow towards the size of the file
         return images, self.labels[index].long()
 
@@ -571,9 +588,11 @@ def open_npz(path, classes):
 
 def load_real(args, split):
     """The real images of "train" or "test": --data-dir's npz files, or torchvision's CIFAR, or the smoke run's drawings."""
+    folder = Path(args.data_dir)
     if args.smoke:
         return Images(*draw_smoke_images(1088 if split == "train" else 128, seed=args.seed + (split == "test")))
-    folder = Path(args.data_dir)
+    if args.benchmark and not folder.exists():
+        return Images(np.random.default_rng(args.seed).integers(0, 256, (50_000, 32, 32, 3), np.uint8), np.zeros(50_000))
     if (folder / "train.npz").exists() or (folder / "test.npz").exists():
         return open_npz(folder / f"{split}.npz", DATASETS[args.dataset].classes)
     cifar = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[args.dataset]
@@ -628,6 +647,9 @@ class Data:
             raise InputError(f"--batch-size {args.batch_size}: has {self.n_real} real images, expected 1 to {self.n_real_images}, all there are")
         if args.batch_size % world:
             raise InputError(f"--batch-size {args.batch_size}: expected a multiple of the {world} processes")
+        on_disk = any(part.mapping for part in self.parts)
+        self.reader, self.coming = ThreadPoolExecutor(1) if on_disk else None, {}  # by step: what it is reading ahead
+        self.side_stream = torch.cuda.Stream(device) if on_disk and device.type == "cuda" else None
         self.permutation = (None, None)  # number of the current pass over the real images, and its order
 
     def draw_indices(self, step):
@@ -639,9 +661,11 @@ class Data:
         position, end = step * self.n_real, (step + 1) * self.n_real
         while position < end:  # a batch may end one pass and begin the next
             number, offset = divmod(position, self.n_real_images)
-            if self.permutation[0] != number:
-                self.permutation = number, torch.randperm(self.n_real_images, generator=generator(seed, number, "pass"))
-            index.append(self.permutation[1][offset:offset + end - position])
+            known, order = self.permutation
+            if known != number:
+                order = torch.randperm(self.n_real_images, generator=generator(seed, number, "pass"))
+                self.permutation = number, order
+            index.append(order[offset:offset + end - position])
             position += len(index[-1])
         if self.n_synthetic_images:
             shape = (self.args.batch_size - self.n_real,)
@@ -657,7 +681,22 @@ class Data:
             here = (part_of == i).nonzero().squeeze(1)
             some_images, some_labels = part.fetch(index[here] - (self.ends[i] - len(part)))
             here = here.to(self.device)
-            images[here], labels[here] = some_images.to(self.device), some_labels.to(self.device)
+            images[here], labels[here] = some_images.to(self.device, non_blocking=True), some_labels.to(self.device)
+        return images, labels
+
+    def fetch_step(self, step):
+        """`fetch` for this process's share of a step. With files left on disk, a thread reads the next step's meanwhile."""
+        def fetch(step):
+            with torch.cuda.stream(self.side_stream):  # does nothing where that is None
+                return self.fetch(self.draw_indices(step)[self.rank::self.world].contiguous())
+        if not self.reader:
+            return fetch(step)
+        images, labels = (self.coming.pop(step, None) or self.reader.submit(fetch, step)).result()
+        if self.side_stream:
+            torch.cuda.current_stream().wait_stream(self.side_stream)
+            images.record_stream(torch.cuda.current_stream())
+            labels.record_stream(torch.cuda.current_stream())
+        self.coming = {step + 1: self.reader.submit(fetch, step + 1)}
         return images, labels
 
     def batch(self, step):
@@ -667,7 +706,7 @@ class Data:
         teacher_noise: [(sigma, noise)] for the teacher, one or two.
         """
         args, device, size, mine = self.args, self.device, self.args.batch_size, slice(self.rank, None, self.world)
-        images, labels = self.fetch(self.draw_indices(step)[mine].contiguous())
+        images, labels = self.fetch_step(step)
         images = images.permute(0, 3, 1, 2)  # [B, 3, 32, 32] in 0 ... 255
 
         random = generator(args.seed, step, "batch", device)  # one stream, read in this order and for the whole batch
@@ -755,7 +794,7 @@ def checkpoint(args, run, step, best):
 
 
 # Settings that may differ when a run continues: they say where it runs, not what it computes.
-MAY_DIFFER = {"data_dir", "out", "device", "amp", "no_amp", "no_compile", "save_every", "dry_run"}
+MAY_DIFFER = {"data_dir", "out", "device", "amp", "no_amp", "no_compile", "save_every", "dry_run", "benchmark", "peak_tflops"}
 
 
 def restore(path, args, run):
@@ -844,10 +883,10 @@ def load_teacher(args, device):
     if args.dra_weight == 0:
         return None
     try:
-        if args.teacher is None:  # smoke: a random network's features are a poor target, but they exercise the same path
+        if args.teacher is None:  # smoke, benchmark: a random network's features are a poor target, but they exercise the same path
             torch.manual_seed(args.seed)
-            teacher = EDMEncoder(args.teacher_layer, img_resolution=32, label_dim=10, model_channels=16, channel_mult=[1, 2, 2], num_blocks=1)
-            return teacher.to(device)
+            size = {"model_channels": 128, "channel_mult": [2, 2, 2], "num_blocks": 4} if args.benchmark else {"model_channels": 16, "channel_mult": [1, 2, 2], "num_blocks": 1}
+            return EDMEncoder(args.teacher_layer, img_resolution=32, label_dim=DATASETS[args.dataset].classes, **size).to(device, memory_format=torch.channels_last)
         teacher = load_edm_encoder(args.teacher, args.teacher_layer)
     except (ValueError, OSError) as error:
         raise InputError(f"--teacher {error}") from None
@@ -857,7 +896,7 @@ def load_teacher(args, device):
     if teacher.label_dim not in (0, classes) and not args.teacher_unconditional:
         raise InputError(f"--teacher {args.teacher}: knows {teacher.label_dim} classes, expected {classes} ({args.dataset}); "
                          "--teacher-unconditional drops the labels")
-    return teacher.to(device)
+    return teacher.to(device, memory_format=torch.channels_last)
 
 
 def print_plan(args, data, model, projectors, teacher, total_steps):
@@ -881,7 +920,7 @@ def print_plan(args, data, model, projectors, teacher, total_steps):
         sigma = f"sigma {args.teacher_sigma:g}" + " and one drawn per image" * args.extra_sigma
         labels = "without labels" if args.teacher_unconditional or not teacher.label_dim else "with labels"
         plan += [("alignment", f"lambda {args.dra_weight:g}; projector {count(projectors)}"),
-                 ("teacher", f"{args.teacher or 'random (smoke)'}: {teacher.layer}, {teacher.width} wide, {count(teacher)}, {sigma}, {labels}")]
+                 ("teacher", f"{args.teacher or 'random'}: {teacher.layer}, {teacher.width} wide, {count(teacher)}, {sigma}, {labels}")]
     for name, text in plan:
         print(f"{name:10} {text}", flush=True)
 
@@ -927,8 +966,8 @@ def train(args, data, teacher, run, out, total_steps, signals=()):
     log_every, recent, since, started = min(LOG_EVERY, data.steps_per_epoch), [], time.time(), time.time()
     for step in range(first_step, total_steps):
         set_batchnorm_momentum(model, 1.0 if step == 0 else BATCHNORM_MOMENTUM)
-        if args.device == "cuda" and not args.no_compile and step == max(1, first_step):  # step 0 has a momentum of its own
-            model.features = torch.compile(model.features)  # where the work is; names of parameters stay clean
+        if step == max(1, first_step):  # step 0 has a momentum of its own
+            compile_parts(args, model, teacher)
         lr = learning_rate(step, total_steps, args.lr)
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -956,6 +995,57 @@ def train(args, data, teacher, run, out, total_steps, signals=()):
             all_reduce(torch.zeros(()))  # all wait until process 0 has saved
             raise Stopped(stopping, f"stopped by {signal.Signals(stopping).name} after step {done} of {total_steps}; the same command continues from there")
         recent, since = [], time.time()
+
+
+def time_step(args, data, batches, teacher, run):
+    """Time training steps and their parts, and print one line of JSON. batches: step -> an iterator over batches from there on.
+
+    Seconds are means over `args.benchmark` steps after a warm-up. The parts are timed alone (data, attack, teacher); "update" is what
+    remains of the step. FLOPs (a multiplication and an addition are two) are torch's count for one forward pass and the teacher, and
+    the number of passes, a backward pass to one side costing as much as a forward pass; for this process's share of the batch.
+    """
+    model, averaged, projectors, optimizer = run
+    cuda = args.device == "cuda"
+
+    def seconds(function, count=args.benchmark):
+        inputs = batches(BENCHMARK_WARMUP + count)
+        for i in range(BENCHMARK_WARMUP + count):
+            if i == BENCHMARK_WARMUP:
+                torch.cuda.synchronize() if cuda else None
+                started = time.perf_counter()
+            function(inputs)
+        torch.cuda.synchronize() if cuda else None
+        return (time.perf_counter() - started) / count
+    batch = next(batches(1))
+    attack = lambda _: trades_attack(model, batch.images, batch.start, args.eps, args.step_size, args.attack_steps)
+    teach = lambda _: ask_teacher(teacher, batch, args)
+    with torch.no_grad(), FlopCounterMode(display=False) as forward:
+        model(batch.images)
+    with torch.no_grad(), FlopCounterMode(display=False) as teaching:
+        teach(None)
+    # One clean forward, attack steps of a forward and a backward pass to the image, two forwards with backward passes to image and weights.
+    flops = forward.get_total_flops() * (1 + 2 * args.attack_steps + 2 * 3) + teaching.get_total_flops()
+    train_step(model, averaged, projectors, teacher, optimizer, batch, 0.5, args)  # before compiling: the first step is another graph
+    compile_parts(args, model, teacher)
+    parts = {"step": seconds(lambda inputs: train_step(model, averaged, projectors, teacher, optimizer, next(inputs), 0.5, args)),
+             "data": seconds(next), "attack": seconds(attack), "teacher": seconds(teach)}
+    parts["update"] = parts["step"] - parts["data"] - parts["attack"] - parts["teacher"]
+    rate = flops / parts["step"] / 1e12
+    memory = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    result = {"arch": args.arch, "batch_size": args.batch_size, "processes": data.world, "device": torch.cuda.get_device_name() if cuda else "cpu",
+              "torch": torch.__version__, "threads": torch.get_num_threads(), "bfloat16": args.amp, "compiled": cuda and not args.no_compile,
+              "images_per_s": args.batch_size / parts["step"], "seconds": parts, "gflop_per_image": flops / len(batch.labels) / 1e9,
+              "tflops": rate, "share_of_peak": rate / args.peak_tflops if args.peak_tflops else None, "peak_memory_gib": memory / 2**30}
+    if data.rank == 0:
+        print(json.dumps(json.loads(json.dumps(result), parse_float=lambda text: float(f"{float(text):.4g}"))))
+
+
+def compile_parts(args, model, teacher):
+    """On CUDA, compile what takes the time: the backbone and the teacher. Names of parameters stay as they are."""
+    if args.device == "cuda" and not args.no_compile:
+        model.features = torch.compile(model.features, dynamic=False)
+        for network in teacher.children() if teacher else ():
+            network.compile(dynamic=False)
 
 
 def summarise(recent, done, model):
@@ -1012,7 +1102,9 @@ def main(argv=None):
     run = build_run(args, device, teacher)
     if rank == 0:
         print_plan(args, data, run[0], run[2], teacher, total_steps)
-    if not args.dry_run:
+    if args.benchmark:
+        time_step(args, data, lambda count: (data.batch(step) for step in range(count)), teacher, run)
+    elif not args.dry_run:
         out.mkdir(parents=True, exist_ok=True)
         try:
             with locked(out) if rank == 0 else contextlib.nullcontext(), noted_signals() as signals:

@@ -36,8 +36,10 @@ import hashlib
 import json
 import math
 import os
+import resource
 import signal
 import sys
+import tempfile
 import time
 from datetime import timedelta
 from fractions import Fraction
@@ -51,6 +53,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 from tqdm import tqdm
@@ -70,6 +73,7 @@ SELECTION_STEPS = 40  # steps of the margin-loss attack on them (inherited)
 PROJECTOR_WIDTH = 2048  # hidden width of h; REPA's, arXiv 2410.06940 (the paper states three layers)
 ZERO_CHANNELS, TEACHER_HEADS, TEACHER_SIZE = (1053, 259), 16, 256  # LightningDiT-XL/1's (the channels: stated)
 CACHE_CHUNK, CACHE_BATCH = 256, 64  # images whose cached targets are written, and computed, together
+BENCHMARK_WARMUP = 5  # steps before the clock starts: compilation, and cuDNN's choice of algorithms
 TABLE_STEPS, TABLE_IMAGES = 10, 1024  # PGD for the closing table, a quick look and no result: AutoAttack is the judge
 LOG_EVERY = 50  # steps
 
@@ -141,6 +145,8 @@ def parse_args(argv=None):
     add("--no-compile", action="store_true", help="no torch.compile (default on CUDA: compiled)")
     add("--eval-every", type=positive, default=5, help="epochs between evaluations of the averaged model on the held-out images")
     add("--save-every", type=positive, default=1, help="epochs between checkpoints")
+    add("--benchmark", type=count, nargs="?", const=20, metavar="STEPS", help="time that many steps (20 if not given), print one line of JSON and stop; draws images and a teacher of full size where none are given")
+    add("--peak-tflops", type=positive, help="the device's peak rate, for --benchmark to compare with")
     add("--dry-run", action="store_true", help="print the plan and stop")
     if "--smoke" in (sys.argv[1:] if argv is None else argv):  # small enough for two CPU cores; any flag still beats these
         parser.set_defaults(data=None, arch=None, no_pretrained=True, image_size=96, epochs=6, batch_size=32, lr=2e-3, weight_decay=0.01,
@@ -154,7 +160,7 @@ def parse_args(argv=None):
         raise InputError("--synthetic-fraction: expected --synthetic DIR with it")
     if args.dra_weight == 0:  # plain adversarial training: what is said of the teacher does not matter
         args.teacher, args.cache_targets = None, None
-    elif args.teacher is None and not args.smoke:
+    elif args.teacher is None and not args.smoke and not args.benchmark:
         raise InputError("--teacher: expected LightningDiT's, VA-VAE's and the latent statistics' file (the README says where they are), "
                          "or --dra-weight 0 for plain adversarial training")
     args.amp = args.device == "cuda" and not args.no_amp
@@ -304,15 +310,18 @@ class Lion(torch.optim.Optimizer):
         """Update every parameter that has a gradient."""
         for group in self.param_groups:
             beta1, beta2 = group["betas"]
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
+            params = [p for p in group["params"] if p.grad is not None]
+            for p in params:
                 if not self.state[p]:
                     self.state[p]["momentum"] = torch.zeros_like(p)
-                momentum = self.state[p]["momentum"]
-                update = momentum.lerp(p.grad, 1 - beta1).sign_()
-                p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update, alpha=group["lr"])
-                momentum.lerp_(p.grad, 1 - beta2)
+            if not params:
+                continue
+            gradients, momenta = [p.grad for p in params], [self.state[p]["momentum"] for p in params]
+            updates = torch._foreach_lerp(momenta, gradients, 1 - beta1)  # a few launches for all parameters together
+            torch._foreach_sign_(updates)
+            torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_add_(params, updates, alpha=-group["lr"])
+            torch._foreach_lerp_(momenta, gradients, 1 - beta2)
 
 
 def build_optimizer(args, *modules):
@@ -367,6 +376,12 @@ def average_gradients(parameters):
         gradient.copy_(mean.view_as(gradient))
 
 
+@torch.no_grad()
+def ask_teacher(teacher, batch, args):
+    """g(x_t, t, y) from the clean images: [B, width] float32."""
+    return teacher(batch.images, None if args.teacher_unconditional else batch.labels, args.teacher_t, batch.teacher_noise)
+
+
 def train_step(model, averaged, projectors, teacher, optimizer, batch, decay, args):
     """One optimisation step, in the paper's order. Deterministic: all randomness is in `batch` (see `Data.batch`).
 
@@ -393,9 +408,7 @@ def train_step(model, averaged, projectors, teacher, optimizer, batch, decay, ar
         # L_DRA, eq. (3): the projected features of x' against the teacher's of the clean x.
         alignment = trades.new_zeros(())
         for projector in projectors:
-            with torch.no_grad():
-                given = None if args.teacher_unconditional else labels
-                target = teacher(images, given, args.teacher_t, part.teacher_noise) if part.target is None else part.target  # [B, width]
+            target = ask_teacher(teacher, part, args) if part.target is None else part.target  # [B, width]
             alignment = dra_loss(projector(adv_features), target)
 
         loss = trades + args.dra_weight * alignment  # eq. (4)
@@ -523,10 +536,10 @@ class Centred(torch.utils.data.Dataset):
         return to_pixels(folder.read(number, self.crop)), int(folder.labels[number]), index
 
 
-def draw_smoke_folders(path, seed):
+def draw_smoke_folders(path, seed, train_count=40):
     """An ImageNet in small, train/, val/ and synthetic/ with JPEG files, that a tiny network learns in a minute: horizontal and
     vertical waves, each in five colours, with random phase, frequency and contrast, and noise."""
-    for split, count in (("train", 40), ("val", 6), ("synthetic", 20)):
+    for split, count in (("train", train_count), ("val", 6), ("synthetic", 20)):
         for label in range(10):
             folder = path / split / f"class{label}"
             folder.mkdir(parents=True, exist_ok=True)
@@ -578,9 +591,11 @@ class Data:
         position, end = step * self.n_real, (step + 1) * self.n_real
         while position < end:  # a batch may end one pass and begin the next
             number, offset = divmod(position, self.n_real_images)
-            if self.permutation[0] != number:
-                self.permutation = number, torch.randperm(self.n_real_images, generator=generator(seed, number, "pass"))
-            index.append(self.real[self.permutation[1][offset:offset + end - position]])
+            known, order = self.permutation
+            if known != number:
+                order = torch.randperm(self.n_real_images, generator=generator(seed, number, "pass"))
+                self.permutation = number, order
+            index.append(self.real[order[offset:offset + end - position]])
             position += len(index[-1])
         if self.n_synthetic_images:
             shape = (self.args.batch_size - self.n_real,)
@@ -751,7 +766,7 @@ def checkpoint(args, run, step, best):
 
 
 # Settings that may differ when a run continues: they say where it runs, not what it computes.
-MAY_DIFFER = {"data", "synthetic", "cache_targets", "workers", "accumulate", "out", "device", "no_amp", "amp", "no_compile", "save_every", "dry_run"}
+MAY_DIFFER = {"data", "synthetic", "cache_targets", "workers", "accumulate", "out", "device", "no_amp", "amp", "no_compile", "save_every", "dry_run", "benchmark", "peak_tflops"}
 
 
 def restore(path, args, run):
@@ -842,12 +857,16 @@ def load_teacher(args, data):
         return None
     images = torch.stack([data.holdout[i][0] for i in range(min(4, len(data.holdout)))]).float() / 255
     try:
-        if args.smoke and args.teacher is None:  # a random network's features are a poor target, but they exercise the same path
+        if args.teacher is None:  # smoke, benchmark: a random network's features are a poor target, but they exercise the same path
             torch.manual_seed(args.seed)
-            vae = VAEEncoder(32, [(32, 1, False), (32, 1, True)], latent_channels=4)
-            teacher = DiTEncoder(vae, LightningDiT(64, 2, 128, 4, 2, 64, len(data.classes) + 1, args.teacher_layer), image_size=32)
+            if args.benchmark and not args.smoke:  # the released sizes
+                vae = VAEEncoder(128, [(128, 2, False), (128, 2, False), (256, 2, False), (256, 2, False), (512, 2, True)], latent_channels=32)
+                dit = LightningDiT(1152, TEACHER_HEADS, 3072, 32, 1, 256, len(data.classes) + 1, args.teacher_layer)
+            else:
+                vae, dit = VAEEncoder(32, [(32, 1, False), (32, 1, True)], latent_channels=4), LightningDiT(64, 2, 128, 4, 2, 64, len(data.classes) + 1, args.teacher_layer)
+            teacher = DiTEncoder(vae, dit, image_size=TEACHER_SIZE if args.benchmark and not args.smoke else 32)
             teacher.checked = True
-            latents = teacher.latents(images)
+            latents = teacher.latents(images).detach()
             teacher.mean, teacher.std, teacher.checked = latents.mean((0, 2, 3), keepdim=True), latents.std((0, 2, 3), keepdim=True), False
         else:
             teacher = load_dit_encoder(*args.teacher, args.teacher_layer, ZERO_CHANNELS, TEACHER_HEADS, TEACHER_SIZE)
@@ -858,7 +877,7 @@ def load_teacher(args, data):
         raise InputError(f"--teacher {args.teacher[0]}: knows {teacher.num_classes} classes, expected {len(data.classes)} (--data {args.data}); "
                          "--teacher-unconditional drops the labels")
     teacher.amp = args.amp
-    return teacher.to(data.device)
+    return teacher.to(data.device, memory_format=torch.channels_last)
 
 
 def print_plan(args, data, model, projectors, teacher, total_steps):
@@ -880,7 +899,7 @@ def print_plan(args, data, model, projectors, teacher, total_steps):
     else:
         where = f"cached in {args.cache_targets}" if args.cache_targets else "computed in each step"
         plan += [("alignment", f"lambda {args.dra_weight:g}; projector {count(projectors)}"),
-                 ("teacher", f"{args.teacher[0] if args.teacher else 'random (smoke)'}: block {teacher.layer}, {teacher.width} wide, {count(teacher)}, "
+                 ("teacher", f"{args.teacher[0] if args.teacher else 'random'}: block {teacher.layer}, {teacher.width} wide, {count(teacher)}, "
                              f"t {args.teacher_t:g}, {'without' if args.teacher_unconditional else 'with'} labels, {where}")]
     for name, text in plan:
         print(f"{name:10} {text}", flush=True)
@@ -938,9 +957,8 @@ def train(args, data, teacher, run, out, total_steps, signals=()):
     eval_every, save_every = [max(1, round(epochs * data.steps_per_epoch)) for epochs in (args.eval_every, args.save_every)]
     log_every, recent, since, started, waiting = min(LOG_EVERY, data.steps_per_epoch), [], time.time(), time.time(), 0.0
     loader = data.load(first_step, total_steps)
+    compile_parts(args, model, None if args.cached else teacher)
     for step in range(first_step, total_steps):
-        if args.device == "cuda" and not args.no_compile and step == first_step:
-            model.features = torch.compile(model.features)  # where the work is; names of parameters stay clean
         lr = learning_rate(step, total_steps, args.lr)
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -974,6 +992,59 @@ def train(args, data, teacher, run, out, total_steps, signals=()):
             all_reduce(torch.zeros(()))  # all wait until process 0 has saved
             raise Stopped(stopping, f"stopped by {signal.Signals(stopping).name} after step {done} of {total_steps}; the same command continues from there")
         recent, since, waiting = [], time.time(), 0.0
+
+
+def time_step(args, data, batches, teacher, run):
+    """Time training steps and their parts, and print one line of JSON. batches: step -> an iterator over batches from there on.
+
+    Seconds are means over `args.benchmark` steps after a warm-up. The parts are timed alone (data, attack, teacher); "update" is what
+    remains of the step. FLOPs (a multiplication and an addition are two) are torch's count for one forward pass and the teacher, and
+    the number of passes, a backward pass to one side costing as much as a forward pass; for this process's share of the batch.
+    """
+    model, averaged, projectors, optimizer = run
+    cuda = args.device == "cuda"
+
+    def seconds(function, count=args.benchmark):
+        inputs = batches(BENCHMARK_WARMUP + count)
+        for i in range(BENCHMARK_WARMUP + count):
+            if i == BENCHMARK_WARMUP:
+                torch.cuda.synchronize() if cuda else None
+                started = time.perf_counter()
+            function(inputs)
+        torch.cuda.synchronize() if cuda else None
+        return (time.perf_counter() - started) / count
+    batch = next(batches(1))
+    pieces = split_batch(batch, args.accumulate)
+    asking = batch.teacher_noise is not None  # a teacher at work, whose features are not cached
+    attack = lambda _: [trades_attack(model, part.images, part.start, args.eps, args.step_size, args.attack_steps) for part in pieces]
+    teach = lambda _: [ask_teacher(teacher, part, args) for part in pieces if asking]
+    with torch.no_grad(), FlopCounterMode(display=False) as forward:
+        [model(part.images) for part in pieces]
+    with torch.no_grad(), FlopCounterMode(display=False) as teaching:
+        teach(None)
+    # One clean forward, attack steps of a forward and a backward pass to the image, two forwards with backward passes to image and weights.
+    flops = forward.get_total_flops() * (1 + 2 * args.attack_steps + 2 * 3) + teaching.get_total_flops()
+    train_step(model, averaged, projectors, teacher, optimizer, batch, 0.5, args)  # before compiling: the first step is another graph
+    compile_parts(args, model, teacher)
+    parts = {"step": seconds(lambda inputs: train_step(model, averaged, projectors, teacher, optimizer, next(inputs), 0.5, args)),
+             "data": seconds(next), "attack": seconds(attack), "teacher": seconds(teach)}
+    parts["update"] = parts["step"] - parts["data"] - parts["attack"] - parts["teacher"]
+    rate = flops / parts["step"] / 1e12
+    memory = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    result = {"arch": args.arch, "batch_size": args.batch_size, "processes": data.world, "device": torch.cuda.get_device_name() if cuda else "cpu",
+              "torch": torch.__version__, "threads": torch.get_num_threads(), "bfloat16": args.amp, "compiled": cuda and not args.no_compile,
+              "images_per_s": args.batch_size / parts["step"], "seconds": parts, "gflop_per_image": flops / len(batch.labels) / 1e9,
+              "tflops": rate, "share_of_peak": rate / args.peak_tflops if args.peak_tflops else None, "peak_memory_gib": memory / 2**30}
+    if data.rank == 0:
+        print(json.dumps(json.loads(json.dumps(result), parse_float=lambda text: float(f"{float(text):.4g}"))))
+
+
+def compile_parts(args, model, teacher):
+    """On CUDA, compile what takes the time: the backbone and the teacher. Names of parameters stay as they are."""
+    if args.device == "cuda" and not args.no_compile:
+        model.features = torch.compile(model.features, dynamic=False)
+        for network in teacher.children() if teacher else ():
+            network.compile(dynamic=False)
 
 
 def summarise(recent, done, model):
@@ -1014,13 +1085,19 @@ def run_once(args, device, rank, world, local):
     data = Data(args, device, rank, world)
     teacher = load_teacher(args, data)
     begun = any((out / name).exists() for name in ("last.pt", "best.pt"))  # then the checkpoint has all weights
-    run = build_run(args, data, teacher, pretrained=not (args.no_pretrained or args.dry_run or begun))
+    run = build_run(args, data, teacher, pretrained=not (args.no_pretrained or args.dry_run or args.benchmark or begun))
     if world > 1 and local == 0:
         dist.barrier()
     total_steps = args.max_steps or args.epochs * data.steps_per_epoch
     if rank == 0:
         print_plan(args, data, run[0], run[2], teacher, total_steps)
-    if args.dry_run:
+    if args.benchmark:
+        latent_shape = teacher.latent_shape if teacher and not args.cached else None
+        if args.cached:
+            cache_targets(args, data, teacher)
+        batches = lambda count: (data.batch(step, loaded, latent_shape) for step, loaded in enumerate(data.load(0, count)))
+        time_step(args, data, batches, teacher, run)
+    if args.dry_run or args.benchmark:
         return
     out.mkdir(parents=True, exist_ok=True)
     try:
@@ -1050,6 +1127,10 @@ def main(argv=None):
         args.data, args.synthetic = os.path.join(args.out, "data"), args.synthetic or os.path.join(args.out, "data", "synthetic")
         if local == 0:
             draw_smoke_folders(Path(args.data), args.seed)
+    if args.benchmark and not Path(args.data).exists():  # drawn images, which are read from JPEG files like any others
+        args.data, args.synthetic = os.path.join(tempfile.gettempdir(), f"{Path(__file__).stem}-{os.getuid()}"), None
+        if local == 0:
+            draw_smoke_folders(Path(args.data), args.seed, 120)
     if args.arch:
         run_once(args, device, rank, world, local)
     else:  # the smoke run: both kinds of backbone, and targets computed in each step as well as cached

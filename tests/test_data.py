@@ -138,8 +138,12 @@ def test_draws_depend_on_seed_position_and_purpose_only():
     assert len({tuple(x) for x in different}) == 5
 
 
-def test_batches_do_not_depend_on_the_steps_before(folder):
-    one, other = make_data(folder, "--extra-sigma"), make_data(folder, "--extra-sigma")
+@pytest.mark.parametrize("synthetic", [False, True])
+def test_batches_do_not_depend_on_the_steps_before(folder, synthetic):
+    """Nor on what is read ahead: with synthetic images on disk, a thread reads the next step's."""
+    flags = ["--extra-sigma", *(["--synthetic", str(write_npz(folder / "a.npz", 300, seed=3))] if synthetic else [])]
+    one, other = make_data(folder, *flags), make_data(folder, *flags)
+    assert bool(one.reader) == synthetic
     [one.batch(step) for step in range(12)]
     for step in (12, 3):
         a, b = one.batch(step), other.batch(step)

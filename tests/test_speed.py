@@ -1,0 +1,83 @@
+"""What can be seen of speed without a GPU: compiled steps agree with plain ones and compile no more after the first, and the benchmark's line."""
+import json
+
+import pytest
+import torch
+
+import train_cifar
+import train_imagenet
+
+SETTINGS = {train_cifar: ["--smoke", "--batch-size", "8", "--attack-steps", "2", "--extra-sigma"],
+            train_imagenet: ["--smoke", "--arch", "test_vit", "--image-size", "32", "--batch-size", "8", "--attack-steps", "2", "--workers", "0"]}
+
+
+def setting(script, folder, *more):
+    """Arguments, a function step -> batch, the teacher, and a function that builds a run."""
+    if script is train_cifar:
+        args = script.parse_args([*SETTINGS[script], *more])
+        data, teacher = script.Data(args, torch.device("cpu")), script.load_teacher(args, torch.device("cpu"))
+        return args, data.batch, teacher, lambda: script.build_run(args, torch.device("cpu"), teacher)
+    script.draw_smoke_folders(folder, 0)
+    args = script.parse_args([*SETTINGS[script], "--data", str(folder), *more])
+    data = script.Data(args, torch.device("cpu"))
+    teacher = script.load_teacher(args, data)
+    return args, lambda step: data.batch(step, next(data.load(step, step + 1)), teacher.latent_shape), teacher, lambda: script.build_run(args, data, teacher)
+
+
+@pytest.mark.parametrize("script", SETTINGS, ids=lambda script: script.__name__)
+def test_compiled_steps_agree_and_compile_no_more_after_the_first(script, tmp_path, monkeypatch):
+    """As on CUDA, but through a backend that needs no C++ compiler: the same graphs are captured, and run with eager kernels."""
+    args, batch, teacher, build = setting(script, tmp_path)
+    compiler = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, dynamic: compiler(function, dynamic=dynamic, backend="aot_eager"))
+    losses, graphs = {}, []
+    for compiled in (False, True):
+        run = build()
+        args.device = "cuda" if compiled else "cpu"  # compile_parts looks at nothing else of it
+        for step in range(4):
+            if step == 1:  # the first step of train_cifar.py is another graph, for its batch norm momentum
+                torch._dynamo.reset()
+                script.compile_parts(args, run[0], teacher)
+            numbers = script.train_step(*run[:3], teacher, run[3], batch(step), 0.5, args)
+            losses[compiled, step] = numbers["loss"]
+            graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+        assert set(run[0].state_dict()) == set(run[1].state_dict()), "names of parameters stay clean"
+    torch.testing.assert_close(losses[True, 1], losses[False, 1], rtol=1e-3, atol=1e-4)
+    assert graphs[3] == graphs[0] and graphs[5] > graphs[4], "only the second run compiles, in its first compiled step"
+    assert graphs[5] == graphs[6] == graphs[7], "and never again"
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("script", SETTINGS, ids=lambda script: script.__name__)
+def test_benchmark_prints_one_line_of_json_and_leaves_nothing(script, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(script, "BENCHMARK_WARMUP", 1)
+    folder = [] if script is train_cifar else ["--data", str(tmp_path / "data")]
+    if folder:
+        script.draw_smoke_folders(tmp_path / "data", 0)
+    flags = [*SETTINGS[script], *folder, "--benchmark", "2", "--peak-tflops", "0.5", "--out", str(tmp_path / "out")]
+    script.main(flags)
+    line = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert line["batch_size"] == 8 and line["device"] == "cpu" and not line["compiled"] and line["peak_memory_gib"] > 0.1
+    parts = line["seconds"]
+    assert parts["step"] == pytest.approx(sum(parts[name] for name in ("data", "attack", "teacher", "update")), rel=0.01)
+    assert min(parts["data"], parts["attack"], parts["teacher"]) > 0 and line["images_per_s"] == pytest.approx(8 / parts["step"], rel=0.01)
+    assert line["tflops"] == pytest.approx(line["gflop_per_image"] * line["images_per_s"] / 1000, rel=0.01)
+    assert line["share_of_peak"] == pytest.approx(line["tflops"] / 0.5, rel=0.01)
+    # FLOPs: 1 + 2 x 2 forward passes in the attack and 6 in the update, and the teacher's.
+    script.main([*flags, "--dra-weight", "0"])
+    plain = json.loads(capsys.readouterr().out.splitlines()[-1])
+    script.main([*flags, "--dra-weight", "0", "--attack-steps", "1"])
+    fewer = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert plain["seconds"]["teacher"] < parts["teacher"] and plain["gflop_per_image"] < line["gflop_per_image"]
+    assert fewer["gflop_per_image"] / plain["gflop_per_image"] == pytest.approx(9 / 11, rel=1e-3)
+    assert not (tmp_path / "out").exists()
+
+
+def test_flops_of_a_full_size_wrn_are_counted_right():
+    """WRN-28-10 has 5.2 billion multiply-adds per 32 px image (its paper's model size times positions), so 10.5 GFLOP forward."""
+    from torch.utils.flop_counter import FlopCounterMode
+    with torch.device("meta"):
+        model = train_cifar.build_model("wrn-28-10", 10).eval()
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            model.head(model.penultimate(torch.zeros(1, 3, 32, 32)))
+    assert counter.get_total_flops() / 1e9 == pytest.approx(10.5, rel=0.01)
