@@ -25,6 +25,7 @@ import importlib.util
 import json
 import logging
 import os
+import signal
 import sys
 import time
 from datetime import timedelta
@@ -311,6 +312,15 @@ def predict(model, x):
     return logits.argmax(dim=1)
 
 
+def wait_for_all():
+    """Wait for the other processes, if there are any. Raises ConnectionError where one has died."""
+    if dist.is_initialized():
+        try:
+            dist.barrier()
+        except RuntimeError:
+            raise ConnectionError("another process has stopped; finished batches are kept, and the same command continues") from None
+
+
 def run_attack(attack, model, attacker, images, labels, survivors, folder, batch_size, flags, rank=0, world=1):
     """Attack the surviving images in batches, and keep every finished batch in `folder`. Returns one dict per batch.
 
@@ -322,8 +332,7 @@ def run_attack(attack, model, attacker, images, labels, survivors, folder, batch
     batches = list(survivors.split(batch_size)) if len(survivors) else []
     files = [folder / f"{attack}_{number:05d}.npz" for number in range(len(batches))]
     missing = [number for number, file in enumerate(files) if not file.exists()]
-    if world > 1:
-        dist.barrier()  # all processes have to see the same ones missing before the first of them adds one
+    wait_for_all()  # all processes have to see the same ones missing before the first of them adds one
     for number in tqdm(missing[rank::world], desc=f"{attack:8}", unit="batch", disable=rank > 0):
         index, since = batches[number], time.time()
         x, y = images[index].to(device), labels[index].to(device)
@@ -334,8 +343,7 @@ def run_attack(attack, model, attacker, images, labels, survivors, folder, batch
         kept = adversarial[broken] if attack != "clean" else x[:0]
         save_atomically(files[number], index=index.numpy(), predicted=predicted.cpu().numpy(), broken=broken.cpu().numpy(),
                         adversarial=kept.cpu().numpy(), seconds=time.time() - since, flags=json.dumps(flags.take()))
-    if world > 1:
-        dist.barrier()
+    wait_for_all()
     results = [read_batch(file) for file in files]
     for file, result, index in zip(files, results, batches):
         if not np.array_equal(result["index"], index.numpy()):
@@ -531,10 +539,10 @@ def main(argv=None):
     if info.num_classes < 10:
         raise InputError(f"{args.checkpoint}: classifies into {info.num_classes} classes, expected at least 10: AutoAttack's targeted attacks try nine others")
     if local > 0:
-        dist.barrier()  # the first process of each machine goes first: it may have to download
+        wait_for_all()  # the first process of each machine goes first: it may have to download
     images, labels = load_images(args, info)
-    if world > 1 and local == 0:
-        dist.barrier()
+    if local == 0:
+        wait_for_all()
     eps = fraction(BENCHMARKS[info.dataset].eps) if args.eps is None else args.eps
     digest = lambda data: hashlib.sha256(data).hexdigest()[:16]
     settings = {"checkpoint": digest(Path(args.checkpoint).read_bytes()), "weights": args.weights, "arch": info.arch, "dataset": info.dataset,
@@ -547,8 +555,7 @@ def main(argv=None):
               f"AutoAttack {args.version} (pyautoattack {settings['pyautoattack']})", flush=True)
         for remark in reservations(args, info, settings):
             print(f"*** {remark}: not a number to quote ***", flush=True)
-    if world > 1:
-        dist.barrier()
+    wait_for_all()
     result = evaluate(model, images, labels, folder, eps, args.attacks, args.version, args.batch_size, args.seed, rank, world)
     if rank == 0:
         different = verify(model, images, labels, result, eps, args.batch_size, random=args.version == "rand")
@@ -557,13 +564,20 @@ def main(argv=None):
             print(f"*** remark: {flag}", flush=True)
         print(f"clean {content['clean_acc']} %, robust {content['robust_accuracy']:.2f} %; verified, {folder / 'result.json'}")
     if world > 1:
-        dist.barrier()
+        wait_for_all()
         dist.destroy_process_group()
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
     try:
         main()
+    except KeyboardInterrupt:
+        print("stopped; finished batches are kept, and the same command continues", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
+    except ConnectionError as problem:
+        print(f"error: {problem}", file=sys.stderr)
+        sys.exit(1)
     except (InputError, OSError) as problem:
         print(f"error: {problem}", file=sys.stderr)
         sys.exit(2)

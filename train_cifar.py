@@ -591,7 +591,7 @@ def load_real(args, split):
     folder = Path(args.data_dir)
     if args.smoke:
         return Images(*draw_smoke_images(1088 if split == "train" else 128, seed=args.seed + (split == "test")))
-    if args.benchmark and not folder.exists():
+    if getattr(args, "benchmark", None) and not folder.exists():
         return Images(np.random.default_rng(args.seed).integers(0, 256, (50_000, 32, 32, 3), np.uint8), np.zeros(50_000))
     if (folder / "train.npz").exists() or (folder / "test.npz").exists():
         return open_npz(folder / f"{split}.npz", DATASETS[args.dataset].classes)

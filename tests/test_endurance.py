@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -64,6 +65,17 @@ def test_ctrl_c_in_a_terminal_reaches_the_reading_processes_too(tmp_path):
     os.killpg(process.pid, signal.SIGINT)
     _, errors = process.communicate()
     assert process.returncode == 130 and len(errors.splitlines()) == 1 and "stopped by SIGINT" in errors
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_an_evaluation_stops_at_once_and_keeps_what_is_finished(tmp_path, number, code):
+    np.savez(tmp_path / "test.npz", image=np.random.default_rng(0).integers(0, 256, (32, 32, 32, 3), np.uint8), label=np.arange(32) % 10)
+    process = subprocess.Popen([sys.executable, "eval_autoattack.py", "tests/fixtures/dmat_wrn_10_1_cifar10.pt", "--arch", "wrn-10-1", "--dataset", "cifar10", "--device", "cpu",
+                                "--data-dir", tmp_path, "--batch-size", "4", "--out", tmp_path / "out"], cwd=ROOT, env=ONE_THREAD, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_for(tmp_path / "out" / "clean_00000.npz", process)
+    process.send_signal(number)
+    _, errors = process.communicate()
+    assert process.returncode == code and "Traceback" not in errors and (tmp_path / "out" / "clean_00000.npz").exists()
 
 
 def test_signals_are_noted_only_while_training_and_the_second_one_counts():
