@@ -429,13 +429,19 @@ def set_batchnorm_momentum(model, momentum):
             module.momentum = momentum
 
 
+class ProcessLost(Exception):
+    """Another process of this run has ended."""
+
+
 def all_reduce(tensor, operation=dist.ReduceOp.SUM):
-    """Combine the processes' tensors in place; nothing to do in a single process. Raises ConnectionError where one has died."""
+    """Combine the processes' tensors in place; nothing to do in a single process. Raises ProcessLost where one has died."""
     if dist.is_initialized():
         try:
             dist.all_reduce(tensor, operation)
         except RuntimeError as error:
-            raise ConnectionError(f"another process has stopped ({one_line(error)}); the same command continues from the last checkpoint") from None
+            if "CUDA" in str(error):  # not the others' fault
+                raise
+            raise ProcessLost(f"another process has stopped ({one_line(error)}); the same command continues from the last checkpoint") from None
     return tensor
 
 
@@ -543,7 +549,7 @@ class Images:
     """Images uint8 [N, 32, 32, 3] with labels [N] uint8, in memory or, with `mapping`, left on disk and fetched by index."""
 
     def __init__(self, images, labels, mapping=None):
-        self.images, self.mapping = images, mapping
+        self.images, self.mapping, self.pin = images, mapping, False
         self.labels = torch.from_numpy(np.asarray(labels).astype(np.uint8))
 
     def __len__(self):
@@ -566,7 +572,7 @@ class Images:
             index = index.to(self.images.device)
             return self.images[index], self.labels[index].long()
         images = torch.from_numpy(self.images[index.numpy()])  # a copy
-        images = images.pin_memory() if torch.cuda.is_available() else images  # from where it moves to a GPU without being waited for
+        images = images.pin_memory() if self.pin else images  # from where it moves to a GPU without being waited for
         self.mapping.madvise(mmap.MADV_DONTNEED)  # or the resident memory would grow towards the size of the file
         return images, self.labels[index].long()
 
@@ -636,6 +642,7 @@ class Data:
         for part in synthetic:
             if part.mapping:
                 part.mapping.madvise(mmap.MADV_RANDOM)  # no read-ahead: single images are fetched from all over the file
+                part.pin = device.type == "cuda"
         self.parts = [real.to(device, first=held), *synthetic]  # numbered through: part i ends before image ends[i]
         self.ends = torch.tensor([len(part) for part in self.parts]).cumsum(0)
         self.n_real_images, self.n_synthetic_images = len(self.parts[0]), sum(len(part) for part in synthetic)
@@ -825,7 +832,7 @@ def start_log(path, step):
     again. Without a checkpoint a log that is there already is set aside."""
     rows = []
     if path.exists() and step:
-        rows = [line for line in path.read_text().splitlines() if line.split(",")[0].isdigit() and int(line.split(",")[0]) <= step]
+        rows = [line for line in path.read_text().splitlines() if line.split(",")[0].isdigit() and int(line.split(",")[0]) <= step and line.count(",") == len(LOG_COLUMNS) - 1]
     elif path.exists():
         os.replace(path, path.with_name(f"log-{time.time_ns()}.csv"))
     temporary = path.with_name(path.name + ".tmp")
@@ -833,23 +840,30 @@ def start_log(path, step):
     os.replace(temporary, path)
 
 
-def write_log(path, row, minutes_left):
+def write_log(path, row):
     """Append row {column: number} to log.csv and show it. Accuracies in percent; images_per_s over all processes."""
     with open(path, "a", newline="") as file:
         csv.DictWriter(file, LOG_COLUMNS, lineterminator="\n").writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
+
+
+def show(row, minutes_left):
+    """Print a row of the log. A reader who went away (Ctrl-C also ends the `tee` behind a pipe) is no reason to stop."""
     text = "step {step:>6}  epoch {epoch:7.2f}  loss {loss:.3f}" + "  cosine {cosine:.3f}" * ("cosine" in row)
     text += "  batch clean {train_clean:.1f} % robust {train_robust:.1f} %  {images_per_s:.0f} images/s"
     text += "  | held-out clean {holdout_clean:.2f} % robust {holdout_robust:.2f} %" * ("holdout_clean" in row)
-    print(text.format(**row) + f"  {minutes_left:.1f} min left", flush=True)
+    try:
+        print(text.format(**row) + f"  {minutes_left:.1f} min left", flush=True)
+    except BrokenPipeError:
+        sys.stdout = open(os.devnull, "w")
 
 
 @contextlib.contextmanager
-def locked(folder):
+def locked(folder, name="lock"):
     """Keep a second run out of the folder. The lock is the process's own: a killed one leaves none behind."""
-    with open(folder / "lock", "w") as file:
+    with open(folder / name, "w") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except (BlockingIOError, PermissionError):
             raise InputError(f"{folder}: another run is at work there") from None
         yield
 
@@ -988,9 +1002,11 @@ def train(args, data, teacher, run, out, total_steps, signals=()):
                 best = row["holdout_robust"]
                 save_atomically(checkpoint(args, run, done, best), out / "best.pt")
         if main_process:
-            write_log(out / "log.csv", row, (total_steps - done) * (time.time() - started) / (done - first_step) / 60)
+            write_log(out / "log.csv", row)
         if main_process and saving:
             save_atomically(checkpoint(args, run, done, best), out / "last.pt")
+        if main_process:
+            show(row, (total_steps - done) * (time.time() - started) / (done - first_step) / 60)
         if stopping and not last:
             all_reduce(torch.zeros(()))  # all wait until process 0 has saved
             raise Stopped(stopping, f"stopped by {signal.Signals(stopping).name} after step {done} of {total_steps}; the same command continues from there")
@@ -1000,8 +1016,8 @@ def train(args, data, teacher, run, out, total_steps, signals=()):
 def time_step(args, data, batches, teacher, run):
     """Time training steps and their parts, and print one line of JSON. batches: step -> an iterator over batches from there on.
 
-    Seconds are means over `args.benchmark` steps after a warm-up. The parts are timed alone (data, attack, teacher); "update" is what
-    remains of the step. FLOPs (a multiplication and an addition are two) are torch's count for one forward pass and the teacher, and
+    Seconds are means over `args.benchmark` steps after a warm-up: of whole steps with new batches, and of the parts alone (data, attack,
+    teacher; "update" is the rest of a step on a fixed batch). They need not add up, as data are read while others compute. FLOPs (a multiplication and an addition are two) are torch's count for one forward pass and the teacher, and
     the number of passes, a backward pass to one side costing as much as a forward pass; for this process's share of the batch.
     """
     model, averaged, projectors, optimizer = run
@@ -1029,7 +1045,8 @@ def time_step(args, data, batches, teacher, run):
     compile_parts(args, model, teacher)
     parts = {"step": seconds(lambda inputs: train_step(model, averaged, projectors, teacher, optimizer, next(inputs), 0.5, args)),
              "data": seconds(next), "attack": seconds(attack), "teacher": seconds(teach)}
-    parts["update"] = parts["step"] - parts["data"] - parts["attack"] - parts["teacher"]
+    computed = seconds(lambda _: train_step(model, averaged, projectors, teacher, optimizer, batch, 0.5, args))
+    parts["update"] = computed - parts["attack"] - parts["teacher"]
     rate = flops / parts["step"] / 1e12
     memory = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     result = {"arch": args.arch, "batch_size": args.batch_size, "processes": data.world, "device": torch.cuda.get_device_name() if cuda else "cpu",
@@ -1093,11 +1110,11 @@ def main(argv=None):
     if out.exists() and not out.is_dir():
         raise InputError(f"--out {out}: is a file, expected a folder")
     if local > 0:
-        dist.barrier()  # the first process of each machine goes first: it may have to download
+        all_reduce(torch.zeros(()))  # the first process of each machine goes first: it may have to download
     teacher = load_teacher(args, device)
     data = Data(args, device, rank, world)
-    if world > 1 and local == 0:
-        dist.barrier()
+    if local == 0:
+        all_reduce(torch.zeros(()))
     total_steps = args.max_steps or args.epochs * data.steps_per_epoch
     run = build_run(args, device, teacher)
     if rank == 0:
@@ -1121,7 +1138,7 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
-    except ConnectionError as problem:
+    except ProcessLost as problem:
         print(f"error: {problem}", file=sys.stderr)
         sys.exit(1)
     except (InputError, OSError) as problem:

@@ -40,6 +40,7 @@ import resource
 import signal
 import sys
 import tempfile
+import threading
 import time
 from datetime import timedelta
 from fractions import Fraction
@@ -353,13 +354,19 @@ def update_average(averaged, model, decay):
         mine.copy_(live)
 
 
+class ProcessLost(Exception):
+    """Another process of this run has ended."""
+
+
 def all_reduce(tensor, operation=dist.ReduceOp.SUM):
-    """Combine the processes' tensors in place; nothing to do in a single process. Raises ConnectionError where one has died."""
+    """Combine the processes' tensors in place; nothing to do in a single process. Raises ProcessLost where one has died."""
     if dist.is_initialized():
         try:
             dist.all_reduce(tensor, operation)
         except RuntimeError as error:
-            raise ConnectionError(f"another process has stopped ({one_line(error)}); the same command continues from the last checkpoint") from None
+            if "CUDA" in str(error):  # not the others' fault
+                raise
+            raise ProcessLost(f"another process has stopped ({one_line(error)}); the same command continues from the last checkpoint") from None
     return tensor
 
 
@@ -514,9 +521,17 @@ class Augmented(torch.utils.data.Dataset):
         return pixels.flip(2) if flip else pixels, int(folder.labels[number]), target
 
 
-def ignore_interrupts(_worker):
-    """In a process that reads images: Ctrl-C, which goes to all processes, is the training process's to answer."""
+def answer_signals(_worker):
+    """In a process that reads images: Ctrl-C and SIGTERM, which often go to a whole group of processes (a terminal's, torchrun's,
+    Slurm's), are the training process's to answer. Only its own SIGTERM ends this one."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def wait():
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+            pass
+        os._exit(0)
+    threading.Thread(target=wait, daemon=True).start()
 
 
 class Centred(torch.utils.data.Dataset):
@@ -607,7 +622,7 @@ class Data:
         shares = ([(step, slot, index) for slot, index in enumerate(self.draw_indices(step).tolist())][self.rank::self.world]
                   for step in range(first_step, total_steps))
         return iter(torch.utils.data.DataLoader(Augmented(self.folders, self.args), batch_sampler=shares, num_workers=self.args.workers,
-                                                pin_memory=self.device.type == "cuda", worker_init_fn=ignore_interrupts))
+                                                pin_memory=self.device.type == "cuda", worker_init_fn=answer_signals))
 
     def batch(self, step, loaded, latent_shape=None):
         """All that `train_step` needs for one step. loaded: its images, labels and cached targets as from `load`.
@@ -645,7 +660,7 @@ def cache_targets(args, data, teacher, signals=()):
     todo = np.flatnonzero(~done)[data.rank::data.world]
     chunks = [range(chunk * CACHE_CHUNK, min(count, (chunk + 1) * CACHE_CHUNK)) for chunk in todo]
     crops = Centred(data.folders, np.arange(count), teacher.image_size, teacher.image_size)
-    loader = torch.utils.data.DataLoader(crops, batch_sampler=chunks, num_workers=args.workers, pin_memory=data.device.type == "cuda")
+    loader = torch.utils.data.DataLoader(crops, batch_sampler=chunks, num_workers=args.workers, pin_memory=data.device.type == "cuda", worker_init_fn=answer_signals)
     for chunk, (images, labels, numbers) in zip(todo, tqdm(loader, desc="caching targets", unit=f" x {CACHE_CHUNK} images", disable=None if data.rank == 0 else True)):
         noise = torch.stack([torch.randn((2, *teacher.latent_shape), generator=generator(args.seed, int(i), "cache")) for i in numbers])
         targets = []
@@ -661,8 +676,10 @@ def cache_targets(args, data, teacher, signals=()):
         write_rows(path / "targets.npy", int(numbers[0]), targets.numpy())
         write_rows(path / "done.npy", int(chunk), np.array([True]))
         if signals:
-            raise Stopped(signals[0], f"stopped by {signal.Signals(signals[0]).name} while caching targets; the same command continues from there")
-    all_reduce(torch.zeros(()))
+            break
+    stopping = int(all_reduce(torch.tensor(max(signals, default=0)), dist.ReduceOp.MAX))
+    if stopping:
+        raise Stopped(stopping, f"stopped by {signal.Signals(stopping).name} while caching targets; the same command continues from there")
 
 
 def prepare_cache(path, made_from):
@@ -726,7 +743,7 @@ def evaluate(model, source, loss, steps, args):
     model: in evaluation mode, frozen, float32. source: a `Centred`.
     """
     clean, robust, device = 0, 0, next(model.parameters()).device
-    for number, loaded in enumerate(torch.utils.data.DataLoader(source, batch_size=64, num_workers=args.workers)):
+    for number, loaded in enumerate(torch.utils.data.DataLoader(source, batch_size=64, num_workers=args.workers, worker_init_fn=answer_signals)):
         images, labels = loaded[0].to(device).float() / 255, loaded[1].to(device)  # [64, 3, H, W] in [0, 1]
         random = generator(args.seed, number, "evaluate", images.device)
         start = images + args.eps * (2 * torch.rand(images.shape, generator=random, device=images.device) - 1)
@@ -766,7 +783,7 @@ def checkpoint(args, run, step, best):
 
 
 # Settings that may differ when a run continues: they say where it runs, not what it computes.
-MAY_DIFFER = {"data", "synthetic", "cache_targets", "workers", "accumulate", "out", "device", "no_amp", "amp", "no_compile", "save_every", "dry_run", "benchmark", "peak_tflops"}
+MAY_DIFFER = {"data", "classes", "synthetic", "cache_targets", "workers", "accumulate", "out", "device", "no_amp", "amp", "no_compile", "save_every", "dry_run", "benchmark", "peak_tflops"}
 
 
 def restore(path, args, run):
@@ -797,7 +814,7 @@ def start_log(path, step):
     again. Without a checkpoint a log that is there already is set aside."""
     rows = []
     if path.exists() and step:
-        rows = [line for line in path.read_text().splitlines() if line.split(",")[0].isdigit() and int(line.split(",")[0]) <= step]
+        rows = [line for line in path.read_text().splitlines() if line.split(",")[0].isdigit() and int(line.split(",")[0]) <= step and line.count(",") == len(LOG_COLUMNS) - 1]
     elif path.exists():
         os.replace(path, path.with_name(f"log-{time.time_ns()}.csv"))
     temporary = path.with_name(path.name + ".tmp")
@@ -805,24 +822,31 @@ def start_log(path, step):
     os.replace(temporary, path)
 
 
-def write_log(path, row, minutes_left):
+def write_log(path, row):
     """Append row {column: number} to log.csv and show it. Accuracies in percent; images_per_s over all processes;
     waiting: percent of the time in which the device had, at most, nothing to do but wait for images."""
     with open(path, "a", newline="") as file:
         csv.DictWriter(file, LOG_COLUMNS, lineterminator="\n").writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
+
+
+def show(row, minutes_left):
+    """Print a row of the log. A reader who went away (Ctrl-C also ends the `tee` behind a pipe) is no reason to stop."""
     text = "step {step:>6}  epoch {epoch:7.2f}  loss {loss:.3f}" + "  cosine {cosine:.3f}" * ("cosine" in row)
     text += "  batch clean {train_clean:.1f} % robust {train_robust:.1f} %  {images_per_s:.1f} images/s, {waiting:.0f} % waiting for data"
     text += "  | held-out clean {holdout_clean:.2f} % robust {holdout_robust:.2f} %" * ("holdout_clean" in row)
-    print(text.format(**row) + f"  {minutes_left:.1f} min left", flush=True)
+    try:
+        print(text.format(**row) + f"  {minutes_left:.1f} min left", flush=True)
+    except BrokenPipeError:
+        sys.stdout = open(os.devnull, "w")
 
 
 @contextlib.contextmanager
-def locked(folder):
+def locked(folder, name="lock"):
     """Keep a second run out of the folder. The lock is the process's own: a killed one leaves none behind."""
-    with open(folder / "lock", "w") as file:
+    with open(folder / name, "w") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except (BlockingIOError, PermissionError):
             raise InputError(f"{folder}: another run is at work there") from None
         yield
 
@@ -942,17 +966,17 @@ def train(args, data, teacher, run, out, total_steps, signals=()):
     same = all_reduce(torch.tensor([first_step, -first_step]), dist.ReduceOp.MAX)
     if same.sum():
         raise InputError(f"--out {out}: the processes see different checkpoints there (steps {-int(same[1])} to {int(same[0])}), expected a folder that all share")
-    if main_process:
-        print(f"continuing {last_checkpoint} after step {first_step} of {total_steps}" if last_checkpoint else "starting", flush=True)
-        start_log(out / "log.csv", first_step)
-
     if args.cache_targets:
         with contextlib.ExitStack() as stack:
             if main_process:
                 Path(args.cache_targets).mkdir(parents=True, exist_ok=True)
-                stack.enter_context(locked(Path(args.cache_targets)))
+                stack.enter_context(locked(Path(args.cache_targets), "cache.lock"))
             cache_targets(args, data, teacher, signals)
         teacher.cpu()  # it has done its part
+    if main_process:
+        print(f"continuing {last_checkpoint} after step {first_step} of {total_steps}" if last_checkpoint else "starting", flush=True)
+        start_log(out / "log.csv", first_step)
+
     warmup = int(WARMUP * total_steps)
     eval_every, save_every = [max(1, round(epochs * data.steps_per_epoch)) for epochs in (args.eval_every, args.save_every)]
     log_every, recent, since, started, waiting = min(LOG_EVERY, data.steps_per_epoch), [], time.time(), time.time(), 0.0
@@ -985,9 +1009,11 @@ def train(args, data, teacher, run, out, total_steps, signals=()):
                 best = row["holdout_robust"]
                 save_atomically(checkpoint(args, run, done, best), out / "best.pt")
         if main_process:
-            write_log(out / "log.csv", row, (total_steps - done) * (time.time() - started) / (done - first_step) / 60)
+            write_log(out / "log.csv", row)
         if main_process and saving:
             save_atomically(checkpoint(args, run, done, best), out / "last.pt")
+        if main_process:
+            show(row, (total_steps - done) * (time.time() - started) / (done - first_step) / 60)
         if stopping and not last:
             all_reduce(torch.zeros(()))  # all wait until process 0 has saved
             raise Stopped(stopping, f"stopped by {signal.Signals(stopping).name} after step {done} of {total_steps}; the same command continues from there")
@@ -997,8 +1023,8 @@ def train(args, data, teacher, run, out, total_steps, signals=()):
 def time_step(args, data, batches, teacher, run):
     """Time training steps and their parts, and print one line of JSON. batches: step -> an iterator over batches from there on.
 
-    Seconds are means over `args.benchmark` steps after a warm-up. The parts are timed alone (data, attack, teacher); "update" is what
-    remains of the step. FLOPs (a multiplication and an addition are two) are torch's count for one forward pass and the teacher, and
+    Seconds are means over `args.benchmark` steps after a warm-up: of whole steps with new batches, and of the parts alone (data, attack,
+    teacher; "update" is the rest of a step on a fixed batch). They need not add up, as data are read while others compute. FLOPs (a multiplication and an addition are two) are torch's count for one forward pass and the teacher, and
     the number of passes, a backward pass to one side costing as much as a forward pass; for this process's share of the batch.
     """
     model, averaged, projectors, optimizer = run
@@ -1028,7 +1054,8 @@ def time_step(args, data, batches, teacher, run):
     compile_parts(args, model, teacher)
     parts = {"step": seconds(lambda inputs: train_step(model, averaged, projectors, teacher, optimizer, next(inputs), 0.5, args)),
              "data": seconds(next), "attack": seconds(attack), "teacher": seconds(teach)}
-    parts["update"] = parts["step"] - parts["data"] - parts["attack"] - parts["teacher"]
+    computed = seconds(lambda _: train_step(model, averaged, projectors, teacher, optimizer, batch, 0.5, args))
+    parts["update"] = computed - parts["attack"] - parts["teacher"]
     rate = flops / parts["step"] / 1e12
     memory = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     result = {"arch": args.arch, "batch_size": args.batch_size, "processes": data.world, "device": torch.cuda.get_device_name() if cuda else "cpu",
@@ -1081,13 +1108,13 @@ def run_once(args, device, rank, world, local):
     if out.exists() and not out.is_dir():
         raise InputError(f"--out {out}: is a file, expected a folder")
     if local > 0:
-        dist.barrier()  # the first process of each machine goes first: it may have to download
+        all_reduce(torch.zeros(()))  # the first process of each machine goes first: it may have to download
     data = Data(args, device, rank, world)
     teacher = load_teacher(args, data)
     begun = any((out / name).exists() for name in ("last.pt", "best.pt"))  # then the checkpoint has all weights
     run = build_run(args, data, teacher, pretrained=not (args.no_pretrained or args.dry_run or args.benchmark or begun))
-    if world > 1 and local == 0:
-        dist.barrier()
+    if local == 0:
+        all_reduce(torch.zeros(()))
     total_steps = args.max_steps or args.epochs * data.steps_per_epoch
     if rank == 0:
         print_plan(args, data, run[0], run[2], teacher, total_steps)
@@ -1144,7 +1171,7 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
-    except ConnectionError as problem:
+    except ProcessLost as problem:
         print(f"error: {problem}", file=sys.stderr)
         sys.exit(1)
     except (InputError, OSError) as problem:

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 def torchrun(*arguments, processes=2):
     """Run a script on several processes of this machine, one thread each. Returns the finished launcher."""
     return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), *map(str, arguments)], cwd=ROOT,
-                          capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+                          capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=240)
 
 
 def test_loss_and_gradient_of_two_processes_are_those_of_one(tmp_path):

@@ -75,7 +75,7 @@ def die(folder):
     train_cifar.train_step = fragile
     try:
         train_cifar.main(["--smoke", "--batch-size", "16", "--attack-steps", "1", "--max-steps", "50", "--save-every", "0.001", "--out", str(folder)])
-    except ConnectionError as error:
+    except train_cifar.ProcessLost as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
 
