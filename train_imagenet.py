@@ -907,7 +907,7 @@ def load_teacher(args, data):
 def print_plan(args, data, model, projectors, teacher, total_steps):
     """What is about to run, in a few lines."""
     count = lambda module: f"{sum(p.numel() for p in module.parameters()) / 1e6:.2f}M parameters"
-    start = "random weights" if args.no_pretrained else "pretrained"
+    start = "random weights" if args.no_pretrained or args.benchmark else "pretrained"
     plan = [("model", f"{args.arch}, {start}, {len(data.classes)} classes, {count(model)}; {args.image_size} px; bfloat16 {'on' if args.amp else 'off'}"),
             ("data", f"{args.data}: {data.n_real_images:,} real images to train on, {len(data.holdout):,} held out; {args.workers} workers per process")]
     if args.synthetic:
