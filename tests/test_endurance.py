@@ -87,8 +87,9 @@ def test_signals_are_noted_only_while_training_and_the_second_one_counts():
     assert signal.getsignal(signal.SIGTERM) == before
 
 
+@pytest.mark.parametrize("undisturbed", ["train_cifar.py"], indirect=True)
 def test_killed_while_a_checkpoint_is_being_written(undisturbed, tmp_path):
-    """SIGKILL; kill_twenty_times.py does more of it, at random moments too."""
+    """SIGKILL; kill_twenty_times.py does more of it, for both scripts (which save with the same code) and at random moments too."""
     script, whole = undisturbed
     process = start(script, tmp_path)
     wait_for(tmp_path / "last.pt", process)
