@@ -841,9 +841,12 @@ def start_log(path, step):
 
 
 def write_log(path, row):
-    """Append row {column: number} to log.csv and show it. Accuracies in percent; images_per_s over all processes."""
-    with open(path, "a", newline="") as file:
-        csv.DictWriter(file, LOG_COLUMNS, lineterminator="\n").writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
+    """Append row {column: number} to log.csv. Accuracies in percent; images_per_s over all processes."""
+    try:
+        with open(path, "a", newline="") as file:
+            csv.DictWriter(file, LOG_COLUMNS, lineterminator="\n").writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
+    except OSError as error:
+        raise OSError(f"{path}: cannot be written ({one_line(error)}); the last checkpoint is untouched") from None
 
 
 def show(row, minutes_left):
@@ -1014,11 +1017,12 @@ def train(args, data, teacher, run, out, total_steps, signals=()):
 
 
 def time_step(args, data, batches, teacher, run):
-    """Time training steps and their parts, and print one line of JSON. batches: step -> an iterator over batches from there on.
+    """Time training steps and their parts, and print one line of JSON. batches: count -> an iterator over that many new batches.
 
     Seconds are means over `args.benchmark` steps after a warm-up: of whole steps with new batches, and of the parts alone (data, attack,
-    teacher; "update" is the rest of a step on a fixed batch). They need not add up, as data are read while others compute. FLOPs (a multiplication and an addition are two) are torch's count for one forward pass and the teacher, and
-    the number of passes, a backward pass to one side costing as much as a forward pass; for this process's share of the batch.
+    teacher; "update" is the rest of a step on a fixed batch). They need not add up, as data are read while others compute.
+    FLOPs (a multiplication and an addition are two) are torch's count for one forward pass and for the teacher, times the number of
+    passes, a backward pass to image or weights costing as much as a forward pass; for this process's share of the batch.
     """
     model, averaged, projectors, optimizer = run
     cuda = args.device == "cuda"

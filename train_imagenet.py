@@ -496,6 +496,11 @@ def open_folder(path, classes):
     return folder
 
 
+def locate(folders, index):
+    """Image number `index`, counted through real and then synthetic images -> (its Folder, its number there)."""
+    return (folders[0], index) if index < len(folders[0]) else (folders[1], index - len(folders[0]))
+
+
 def to_pixels(image):
     """PIL image -> uint8 [3, H, W]"""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
@@ -511,7 +516,7 @@ class Augmented(torch.utils.data.Dataset):
     def __getitem__(self, key):
         """-> image uint8 [3, H, W], label, cached target float16 [width] (empty without a cache)."""
         step, slot, index = key
-        folder, number = (self.folders[0], index) if index < len(self.folders[0]) else (self.folders[1], index - len(self.folders[0]))
+        folder, number = locate(self.folders, index)
         with torch.random.fork_rng(devices=[]):  # torchvision draws from torch's global generator
             torch.manual_seed(random_seed(self.seed, (step, slot), "augment"))
             pixels, flip = to_pixels(folder.read(number, self.crop)), int(torch.rand(()) < 0.5)
@@ -547,7 +552,7 @@ class Centred(torch.utils.data.Dataset):
     def __getitem__(self, i):
         """-> image uint8 [3, size, size], label, number."""
         index = int(self.numbers[i])
-        folder, number = (self.folders[0], index) if index < len(self.folders[0]) else (self.folders[1], index - len(self.folders[0]))
+        folder, number = locate(self.folders, index)
         return to_pixels(folder.read(number, self.crop)), int(folder.labels[number]), index
 
 
@@ -823,10 +828,13 @@ def start_log(path, step):
 
 
 def write_log(path, row):
-    """Append row {column: number} to log.csv and show it. Accuracies in percent; images_per_s over all processes;
+    """Append row {column: number} to log.csv. Accuracies in percent; images_per_s over all processes;
     waiting: percent of the time in which the device had, at most, nothing to do but wait for images."""
-    with open(path, "a", newline="") as file:
-        csv.DictWriter(file, LOG_COLUMNS, lineterminator="\n").writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
+    try:
+        with open(path, "a", newline="") as file:
+            csv.DictWriter(file, LOG_COLUMNS, lineterminator="\n").writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
+    except OSError as error:
+        raise OSError(f"{path}: cannot be written ({one_line(error)}); the last checkpoint is untouched") from None
 
 
 def show(row, minutes_left):
@@ -1021,11 +1029,12 @@ def train(args, data, teacher, run, out, total_steps, signals=()):
 
 
 def time_step(args, data, batches, teacher, run):
-    """Time training steps and their parts, and print one line of JSON. batches: step -> an iterator over batches from there on.
+    """Time training steps and their parts, and print one line of JSON. batches: count -> an iterator over that many new batches.
 
     Seconds are means over `args.benchmark` steps after a warm-up: of whole steps with new batches, and of the parts alone (data, attack,
-    teacher; "update" is the rest of a step on a fixed batch). They need not add up, as data are read while others compute. FLOPs (a multiplication and an addition are two) are torch's count for one forward pass and the teacher, and
-    the number of passes, a backward pass to one side costing as much as a forward pass; for this process's share of the batch.
+    teacher; "update" is the rest of a step on a fixed batch). They need not add up, as data are read while others compute.
+    FLOPs (a multiplication and an addition are two) are torch's count for one forward pass and for the teacher, times the number of
+    passes, a backward pass to image or weights costing as much as a forward pass; for this process's share of the batch.
     """
     model, averaged, projectors, optimizer = run
     cuda = args.device == "cuda"

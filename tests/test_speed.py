@@ -1,5 +1,6 @@
 """What can be seen of speed without a GPU: compiled steps agree with plain ones and compile no more after the first, and the benchmark's line."""
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -59,8 +60,7 @@ def test_benchmark_prints_one_line_of_json_and_leaves_nothing(script, tmp_path, 
     line = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert line["batch_size"] == 8 and line["device"] == "cpu" and not line["compiled"] and line["peak_memory_gib"] > 0.1
     parts = line["seconds"]
-    assert max(parts["data"], parts["attack"], parts["teacher"]) < parts["step"]
-    assert min(parts["data"], parts["attack"], parts["teacher"]) > 0 and line["images_per_s"] == pytest.approx(8 / parts["step"], rel=0.01)
+    assert set(parts) == {"step", "data", "attack", "teacher", "update"} and min(parts["data"], parts["attack"], parts["teacher"]) > 0 and line["images_per_s"] == pytest.approx(8 / parts["step"], rel=0.01)
     assert line["tflops"] == pytest.approx(line["gflop_per_image"] * line["images_per_s"] / 1000, rel=0.01)
     assert line["share_of_peak"] == pytest.approx(line["tflops"] / 0.5, rel=0.01)
     # FLOPs: 1 + 2 x 2 forward passes in the attack and 6 in the update, and the teacher's.
@@ -71,6 +71,30 @@ def test_benchmark_prints_one_line_of_json_and_leaves_nothing(script, tmp_path, 
     assert plain["seconds"]["teacher"] < parts["teacher"] and plain["gflop_per_image"] < line["gflop_per_image"]
     assert fewer["gflop_per_image"] / plain["gflop_per_image"] == pytest.approx(9 / 11, rel=1e-3)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("script", SETTINGS, ids=lambda script: script.__name__)
+def test_benchmark_splits_a_step_into_its_parts(script, tmp_path, capsys, monkeypatch):
+    """By a clock of its own, on which an attack takes 1 s, the teacher 0.25 s and the rest of a step 2 s."""
+    clock = [0.0]
+
+    def takes(name, seconds):
+        function = getattr(script, name)
+
+        def timed(*arguments):
+            clock[0] += seconds
+            return function(*arguments)
+        monkeypatch.setattr(script, name, timed)
+    monkeypatch.setattr(script, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    monkeypatch.setattr(script, "BENCHMARK_WARMUP", 1)
+    for name, seconds in (("trades_attack", 1.0), ("ask_teacher", 0.25), ("train_step", 2.0)):
+        takes(name, seconds)
+    folder = [] if script is train_cifar else ["--data", str(tmp_path)]
+    if folder:
+        script.draw_smoke_folders(tmp_path, 0)
+    script.main([*SETTINGS[script], *folder, "--benchmark", "2"])
+    parts = json.loads(capsys.readouterr().out.splitlines()[-1])["seconds"]
+    assert parts == {"step": 3.25, "data": 0.0, "attack": 1.0, "teacher": 0.25, "update": 2.0}
 
 
 def test_flops_of_a_full_size_wrn_are_counted_right():

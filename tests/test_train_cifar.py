@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import train_cifar
+from kill_twenty_times import leaves
 from train_cifar import InputError, build_model, main, parse_args, save_atomically
 
 ROOT, FIXTURES = Path(__file__).parent.parent, Path(__file__).parent / "fixtures"
@@ -23,15 +24,6 @@ EIGHT_STEPS = [*SMALL, "--max-steps", "8", "--save-every", "0.03", "--eval-every
 def command(*flags, **kwargs):
     """Run the script as a user does. Returns the finished process."""
     return subprocess.run([sys.executable, "train_cifar.py", *map(str, flags)], cwd=ROOT, capture_output=True, text=True, **kwargs)
-
-
-def leaves(value, name=""):
-    """Every number and tensor in nested dicts and lists, by path."""
-    if isinstance(value, (dict, list, tuple)):
-        for key, child in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from leaves(child, f"{name}/{key}")
-    else:
-        yield name, value
 
 
 def assert_same(path, other):
