@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_cifar
 import train_imagenet
@@ -102,6 +103,24 @@ def test_vit_features_leave_the_class_and_register_tokens_out():
         tokens = model.backbone.forward_features((torch.rand(2, 3, 64, 64) - model.mean) / model.std)
         assert tokens.shape[1] == 5 + 16, "one class token, four registers, 4 x 4 patches"
         torch.testing.assert_close(model.backbone.forward_head(tokens, pre_logits=True), tokens[:, 5:].mean(dim=1))
+
+
+def test_a_fixed_image_size_spares_the_rotary_grid_and_changes_nothing():
+    """timm computes DINOv3's grid of positions on the CPU; in each forward that would stall a GPU 13 times a step."""
+    class Operations(TorchDispatchMode):
+        def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+            seen.append(operation.__name__)
+            return operation(*args, **(kwargs or {}))
+    models, images, grids = [], torch.rand(2, 3, 64, 64), []
+    for size in (None, 64):
+        torch.manual_seed(0)
+        models.append(build_model("vit_tiny_patch16_dinov3_qkvb.eupe_lvd1689m", 10, False, size).eval())
+        seen = []
+        with torch.no_grad(), Operations():
+            models[-1](images)
+        grids.append(sum(name.startswith("arange") for name in seen))
+    assert grids[0] > 0 and grids[1] == 0
+    assert torch.equal(models[0](images), models[1](images)) and models[0].state_dict().keys() == models[1].state_dict().keys()
 
 
 @pytest.mark.parametrize("arch", ["test_vit", "test_convnext"])
