@@ -1,9 +1,12 @@
 """What can be seen of speed without a GPU: compiled steps agree with plain ones and compile no more after the first, and the benchmark's line."""
+import contextlib
 import json
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import train_cifar
 import train_imagenet
@@ -105,3 +108,31 @@ def test_flops_of_a_full_size_wrn_are_counted_right():
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             model.head(model.penultimate(torch.zeros(1, 3, 32, 32)))
     assert counter.get_total_flops() / 1e9 == pytest.approx(10.5, rel=0.01)
+
+
+@pytest.mark.parametrize("script", SETTINGS, ids=lambda script: script.__name__)
+def test_a_step_never_waits_for_its_numbers_nor_makes_any_on_the_host(script, tmp_path, monkeypatch):
+    """Run where tensors have shapes but no values ("meta"): reading one back fails there, and one made on the CPU is noticed."""
+    class HostTensors(TorchDispatchMode):
+        def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+            result = operation(*args, **(kwargs or {}))
+            if any(isinstance(leaf, torch.Tensor) and leaf.device.type == "cpu" for leaf in tree_leaves((args, kwargs, result))):
+                on_host.append(operation)
+            return result
+    on_host = []
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # knows no such device
+    more = [] if script is train_cifar else ["--arch", "vit_tiny_patch16_dinov3_qkvb.eupe_lvd1689m"]
+    args, batch, teacher, build = setting(script, tmp_path, *more)
+    model, averaged, projectors, _ = build()
+    batch = SimpleNamespace(**{name: value.to("meta") if isinstance(value, torch.Tensor) else value for name, value in vars(batch(0)).items()})
+    if script is train_cifar:  # pairs of noise level and noise
+        batch.teacher_noise = [tuple(value.to("meta") if isinstance(value, torch.Tensor) else value for value in pair) for pair in batch.teacher_noise]
+    for module in (model, averaged, projectors, teacher):
+        module.to("meta")
+    optimizer = script.build_optimizer(args, model, projectors)
+    with HostTensors():
+        for _ in range(2):
+            numbers = script.train_step(model, averaged, projectors, teacher, optimizer, batch, 0.5, args)
+    assert not on_host and all(value.device.type == "meta" for value in numbers.values())
+    with pytest.raises(RuntimeError):
+        numbers["loss"].item()
