@@ -136,3 +136,16 @@ def test_a_step_never_waits_for_its_numbers_nor_makes_any_on_the_host(script, tm
     assert not on_host and all(value.device.type == "meta" for value in numbers.values())
     with pytest.raises(RuntimeError):
         numbers["loss"].item()
+
+
+@pytest.mark.parametrize("script", SETTINGS, ids=lambda script: script.__name__)
+def test_bfloat16_moves_the_first_steps_loss_by_less_than_a_percent(script, tmp_path):
+    """The backbone in bfloat16, as on CUDA by default, but on a CPU; logits and losses stay float32."""
+    args, batch, teacher, build = setting(script, tmp_path)
+    losses = []
+    for args.amp in (False, True):
+        run = build()
+        numbers = script.train_step(*run[:3], teacher, run[3], batch(0), 0.5, args)
+        assert all(value.dtype == torch.float32 for value in numbers.values())
+        losses.append(numbers["trades"].item())
+    assert losses[0] != losses[1] == pytest.approx(losses[0], rel=0.01)
