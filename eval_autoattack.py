@@ -205,17 +205,18 @@ def import_script(path):
 # Images
 
 
-def load_images(args, info):
-    """Test images float32 [N, 3, H, W] in [0, 1] and labels int64 [N], on the CPU. info: as `load_classifier` leaves it."""
+def load_images(args, info, split="test"):
+    """Test images float32 [N, 3, H, W] in [0, 1] and labels int64 [N], on the CPU. info: as `load_classifier` leaves it; split: "test", or
+    for CIFAR "train"."""
     if info.dataset == "imagenet":
         return load_imagenet(Path(args.data_dir), args.image_list, args.n, info.num_classes, info.args.get("image_size", 224), info.args.get("classes"))
     import train_cifar
     source = SimpleNamespace(dataset=info.dataset, data_dir=args.data_dir, smoke=info.args.get("smoke") is True, seed=info.args.get("seed", 0))
     try:
-        test = train_cifar.load_real(source, "test").to("cpu", end=args.n)
+        part = train_cifar.load_real(source, split).to("cpu", end=args.n)
     except train_cifar.InputError as error:
         raise InputError(str(error)) from None
-    return test.images.permute(0, 3, 1, 2).contiguous().float() / 255, test.labels.long()
+    return part.images.permute(0, 3, 1, 2).contiguous().float() / 255, part.labels.long()
 
 
 def load_imagenet(folder, image_list, n, num_classes=1000, image_size=224, class_names=None):
