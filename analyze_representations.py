@@ -8,9 +8,10 @@
     python analyze_representations.py dims at/best.pt dra/best.pt                           # Fig. 7, Table 3: how many dimensions?
     python analyze_representations.py curves runs/at runs/dra                               # from the log.csv of training runs
 
-Each writes COMMAND.csv and COMMAND.png (some a second table) to --out, and overwrites nothing. Checkpoints are all that eval_autoattack.py takes:
-ours, DM-AT's, RobustBench's; EDM.pkl is the teacher of train_cifar.py. Everything is in evaluation mode and float32, and every draw
-depends on --seed alone. "Robust" here is accuracy under a plain PGD on the cross-entropy, made to compare: quote AutoAttack, not this.
+Each writes its settings, tables and a figure to --out (COMMAND.json, .csv, .png) and overwrites nothing; after an interruption the same
+command starts again. Checkpoints are all that eval_autoattack.py takes: ours, DM-AT's, RobustBench's; EDM.pkl is the teacher of
+train_cifar.py. Networks are in evaluation mode and float32, and every draw depends on --seed and --batch-size alone. "Robust" here is
+accuracy under a plain PGD on the cross-entropy, made to compare networks: quote AutoAttack, not this.
 
 Where the teacher stands beside classifiers it is made one: features under ONE fixed noise image and without labels, a linear probe on
 top, attacked end to end (as in Fig. 3b; with noise drawn anew an attack would seem to fail, and a label would be the answer).
@@ -18,6 +19,8 @@ The first half of this file is the metrics, one function each, with formula and 
 """
 import argparse
 import csv
+import io
+import json
 import math
 import os
 import sys
@@ -34,22 +37,26 @@ from tqdm import tqdm
 
 from edm_encoder import load_edm_encoder
 from eval_autoattack import BENCHMARKS, InputError, fraction, load_classifier, load_images
-from train_cifar import generator, number, pgd
+from train_cifar import HOLDOUT, generator, number, pgd
 
 plt.switch_backend("agg")  # files only: works without a display
+plt.rcParams["text.parse_math"] = False  # a name with a $ in it is a name
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Settings. "chosen": by us; the paper's text leaves them open.
 
-OUTPUTS = {  # command: what it writes, below --out
-    "uniformity": ["uniformity.csv", "uniformity.png"],
-    "cknna": ["cknna.csv", "cknna.png"],
-    "spectrum": ["spectrum.csv", "spectrum_map.csv", "spectrum.png"],
-    "probe": ["probe.csv", "probe_eps.csv", "probe.png"],
-    "sae": ["sae.csv", "sae.png"],
-    "dims": ["dims.csv", "dims_accuracy.csv", "dims.png"],
-    "curves": ["curves.csv", "curves.png"],
+OUTPUTS = {  # command: what it writes, below --out; the figure comes last
+    "uniformity": ["uniformity.json", "uniformity.csv", "uniformity.png"],
+    "cknna": ["cknna.json", "cknna.csv", "cknna.png"],
+    "spectrum": ["spectrum.json", "spectrum.csv", "spectrum_map.csv", "spectrum.png"],
+    "probe": ["probe.json", "probe.csv", "probe_eps.csv", "probe.png"],
+    "sae": ["sae.json", "sae.csv", "sae.png"],
+    "dims": ["dims.json", "dims.csv", "dims_accuracy.csv", "dims.png"],
+    "curves": ["curves.json", "curves.csv", "curves.png"],
 }
+ATTACKING = ("uniformity", "cknna", "spectrum", "probe", "dims")
+ASKING = ("uniformity", "cknna", "spectrum", "probe")  # the teacher
+FITTING = {"uniformity": 5000, "spectrum": 5000, "probe": 5000, "sae": 50_000, "dims": 5000}  # training images, for linear probe, autoencoder or PCA
 PROBE_DECAY = 1e-3  # weight of the linear probe's squared weights, on standardised features (chosen)
 PROBE_ITERATIONS = 300  # of L-BFGS, at most; the problem is convex
 EPS_POINTS = 8  # attacks between 0 and --eps in `probe`
@@ -68,7 +75,7 @@ def parse_args(argv=None):
     """Command line -> Namespace. Raises InputError for a flag that is unknown or out of range."""
     parser = Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
-    count, several, positive = number(int, at_least=1, below=1e9), number(int, at_least=2, below=1e9), number(above=0, below=1e6)
+    count, several, positive = number(int, at_least=1, below=1e9), number(int, at_least=10, below=1e9), number(above=0, below=1e6)
     for command, files in OUTPUTS.items():
         own = commands.add_parser(command, help=f"writes {', '.join(files)}", formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
         add = own.add_argument
@@ -84,21 +91,19 @@ def parse_args(argv=None):
         add("--weights", choices=["averaged", "raw"], default="averaged", help="which of the two that a checkpoint holds")
         add("--data-dir", default="data", help="as in eval_autoattack.py")
         add("--image-list", help="ImageNet: as in eval_autoattack.py; images to fit on are taken from the same list")
-        add("--n", type=several, default=1000, help="test images (the first ones)")
+        add("--n", type=several, default=1000, help="test images (the first ones; all if there are fewer)")
         add("--batch-size", type=count, default=250, help="images computed together")
         add("--seed", type=number(int, at_least=0, below=2**63), default=0, help="of every random draw")
         add("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu", help="where to run")
-        if command != "sae":
-            add("--eps", type=fraction, help="largest change of a pixel in [0,1] (default: RobustBench's, 8/255 and for ImageNet 4/255)")
+        if command in ATTACKING:
+            add("--eps", type=number(above=0, below=1), help="largest change of a pixel in [0,1] (default: RobustBench's, 8/255 and for ImageNet 4/255)")
             add("--steps", type=count, default=20, help="of the PGD attack, each of eps / 4")
-        if command in ("uniformity", "cknna", "spectrum", "probe"):
+        if command in ASKING:
             add("--teacher", required=command in ("cknna", "probe"), help="EDM .pkl, path or URL")
             add("--teacher-sigma", type=positive, default=0.06, help="its noise level, images in [-1,1] (in `probe`: for the accuracy against eps)")
             add("--teacher-layer", default="dec.8x8_in1", help="block whose output, averaged over positions, is the feature")
-        if command in ("uniformity", "spectrum", "probe", "sae", "dims"):
-            add("--n-train", type=several, default=5000, help="training images for what is fitted: linear probe, autoencoder, principal components")
-        if command in ("uniformity", "cknna"):
-            add("--centre", action="store_true", help="subtract the mean feature first (the paper does not say; features with a large common part depend on it)")
+        if command in FITTING:
+            add("--n-train", type=several, default=FITTING[command], help="training images for what is fitted: linear probe, autoencoder, principal components")
         if command == "cknna":
             add("--k", type=count, default=10, help="nearest neighbours (10: Huh et al.)")
         if command == "probe":
@@ -111,11 +116,13 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.command != "curves" and args.device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: no CUDA device is available here; use --device cpu")
-    if getattr(args, "eps", None) is not None and not 0 < args.eps < 1:
-        raise InputError(f"--eps {args.eps}: expected more than 0 and less than 1, such as 8/255")
     paths = args.runs if args.command == "curves" else args.checkpoints
     if not paths and not args.teacher:
         raise InputError(f"{args.command}: expected a checkpoint, --teacher FILE, or both")
+    if args.command in ("uniformity", "spectrum") and not args.teacher:
+        args.n_train = 0  # only its probe is fitted
+    for name in {"ks", "sigmas"} & vars(args).keys():
+        setattr(args, name, sorted(set(getattr(args, name))))
     if args.names and len(args.names) != len(paths):
         raise InputError(f"--names: gives {len(args.names)} names, expected {len(paths)}")
     args.names = args.names or [f"{Path(path).resolve().parent.name}/{Path(path).stem}" if args.command != "curves" else Path(path.removesuffix("log.csv")).resolve().name
@@ -180,15 +187,13 @@ def unbiased_hsic(K, L):
 
 
 def frequency_map(signals):
-    """Mean amplitude per spatial frequency, 1 on average: [N, C, H, W] -> [H, W], frequency 0 in the middle (at H // 2, W // 2).
+    """Mean amplitude per spatial frequency: [N, C, H, W] -> float64 [H, W], frequency 0 in the middle (at H // 2, W // 2).
 
-    |FFT| of each image and channel; each image's spectrum is scaled to mean 1 before the mean over images (chosen), so that the
-    tiny gradients of images that the network is sure of count as much as others. White noise is flat. Images that are 0 are left out.
+    |FFT| with the orthonormal scaling, in the signal's unit, averaged over images and channels. White noise of standard deviation s is flat at 0.89 s
+    (but for the few frequencies whose coefficient is real, 0.80 s).
     """
-    amplitude = torch.fft.fft2(signals.double()).abs().mean(dim=1)  # [N, H, W]
-    scale = amplitude.mean(dim=(1, 2), keepdim=True)
-    used = scale.flatten() > 0
-    return torch.fft.fftshift((amplitude[used] / scale[used]).mean(dim=0))
+    total = sum(torch.fft.fft2(piece.double(), norm="ortho").abs().mean(dim=1).sum(dim=0) for piece in signals.split(100))
+    return torch.fft.fftshift(total / len(signals))
 
 
 def radial_profile(frequencies):
@@ -225,8 +230,10 @@ def linear_probe(features, labels, classes):
 class TopKSAE(nn.Module):
     """Sparse autoencoder that keeps the k largest latents (Gao et al. 2025, arXiv 2406.04093, section 2.3):
 
-    z = ReLU(TopK(W_enc (x - b_pre) + b_enc)),   x^ = W_dec z + b_pre,   loss ||x - x^||^2; columns of W_dec have length 1, W_enc starts
-    as its transpose. Theirs also revives latents that never fire, by a second loss; this one counts them.
+    z = ReLU(TopK(W_enc (x - b_pre) + b_enc)),   x^ = W_dec z + b_pre,   loss ||x - x^||^2   (b_enc and ReLU as in their code)
+
+    Columns of W_dec have length 1, W_enc starts as its transpose. Theirs also revives latents that never fire, by a second loss; here
+    they are counted.
     """
 
     def __init__(self, width, latents, k, random):
@@ -296,11 +303,14 @@ def classification_dimension(accuracy, share):
 
     accuracy [D + 1] as from `accuracy_by_rank`. Returns an int.
     """
-    return int((accuracy >= share * accuracy[-1]).nonzero()[0])
+    return int((accuracy >= share * accuracy[-1] - 1e-9).nonzero()[0])  # rounding: 28.5 is less than 0.95 * 30.0
 
 
 def robust_dimension(accuracy):
-    """The (least) k with the highest accuracy on adversarial images (section 5.5, Table 3). accuracy [D + 1]. Returns an int."""
+    """The (least) k with the highest accuracy on adversarial images (section 5.5, Table 3). accuracy [D + 1]. Returns an int.
+
+    The maximum of a flat curve is ill-determined: with 1,000 images, accuracies that differ by 1.5 points may be the same.
+    """
     return int(accuracy.argmax())
 
 
@@ -334,8 +344,10 @@ class ProbedTeacher(nn.Module):
         return self
 
 
-def load_models(args):
-    """The classifiers of args.checkpoints, each with a `name` and `info`, on args.device. Sets args.dataset and args.eps where not given."""
+def load(args):
+    """Everything that a command starts from: (classifiers, each with `name` and `info`, and the teacher's encoder, on args.device; test
+    images and labels; images and labels to fit on). Sets args.info, that of the classifiers, and args.eps, args.n, args.n_train to what is used.
+    """
     archs = args.arch or [None]
     if len(archs) not in (1, len(args.checkpoints)):
         raise InputError(f"--arch: gives {len(archs)}, expected 1 or {len(args.checkpoints)}, one for each checkpoint")
@@ -344,29 +356,45 @@ def load_models(args):
         model = load_classifier(path, arch, args.dataset, args.script, args.weights).to(args.device)
         if not hasattr(model, "features") or not hasattr(model, "head"):
             raise InputError(f"{path}: the network that {model.info.script.name} builds has no `features` and `head`")
-        if models and (model.info.dataset, model.info.num_classes) != (models[0].info.dataset, models[0].info.num_classes):
-            raise InputError(f"{path}: classifies {model.info.dataset}, expected {models[0].info.dataset} like {args.checkpoints[0]}")
+        if models and judged_on(model.info) != judged_on(models[0].info):
+            raise InputError(f"{path}: was trained on another data set, other classes or another image size than {args.checkpoints[0]}, expected the same")
         model.name = name
         models.append(model)
-    args.info = models[0].info if models else SimpleNamespace(dataset=args.dataset or "cifar10", num_classes=BENCHMARKS[args.dataset or "cifar10"].classes, args={})
-    if getattr(args, "eps", 0) is None:
+    dataset = args.dataset or "cifar10"
+    args.info = models[0].info if models else SimpleNamespace(dataset=dataset, num_classes=BENCHMARKS[dataset].classes, args={})
+    if args.command in ATTACKING and args.eps is None:
         args.eps = fraction(BENCHMARKS[args.info.dataset].eps)
-    return models
+    test, fit = load_data(args)
+    if args.command in FITTING and args.n_train:
+        args.n_train = len(fit[1])
+    args.n = len(test[1])
+    return models, load_teacher(args, test[0]) if args.command in ASKING else None, test, fit
+
+
+def judged_on(info):
+    """All that decides which images a checkpoint is judged on, and what its outputs mean."""
+    settings = info.args
+    drawing = settings.get("seed") if settings.get("smoke") is True else None  # a smoke run draws its images
+    return info.dataset, info.num_classes, drawing, settings.get("image_size"), settings.get("classes")
 
 
 def load_data(args):
-    """Test images float32 [N, 3, H, W] in [0, 1] with labels int64 [N], and those to fit on, likewise (the first --n-train of the
-    training images), all on the CPU. ImageNet: a random split of the listed images, since its training set is too large to be read for this.
+    """Test images float32 [N, 3, H, W] in [0, 1] with labels int64 [N], and the same to fit on, on the CPU: the first --n-train training images.
+
+    ImageNet: a random split of the listed images, since its training set is too large to be read for this. The second pair is None where
+    nothing is fitted.
     """
-    n_train, take = getattr(args, "n_train", 0), lambda n: SimpleNamespace(data_dir=args.data_dir, image_list=args.image_list, n=n)
-    if args.info.dataset == "imagenet":
-        images, labels = load_images(take(None), args.info)
-        order = torch.randperm(len(images), generator=generator(args.seed, 0, "split"))
-        if len(order) < args.n + n_train:
-            raise InputError(f"--n {args.n}{f' --n-train {n_train}' * bool(n_train)}: {len(order)} images are listed, expected at least {args.n + n_train}")
-        test, fit = order[:args.n], order[args.n:args.n + n_train]
-        return (images[test], labels[test]), (images[fit], labels[fit])
-    return load_images(take(args.n), args.info), load_images(take(n_train), args.info, "train") if n_train else None
+    def images_and_labels(n, split):
+        return load_images(SimpleNamespace(data_dir=args.data_dir, image_list=args.image_list, n=n), args.info, split)
+    fitting = args.command in FITTING and args.n_train
+    if args.info.dataset != "imagenet":
+        return images_and_labels(args.n, "test"), images_and_labels(args.n_train, "train") if fitting else None
+    images, labels = images_and_labels(None, "test")
+    order = torch.randperm(len(images), generator=generator(args.seed, 0, "split"))
+    if fitting and len(order) < args.n + 10:
+        raise InputError(f"--n {args.n}: {len(order)} images are listed, expected at least ten more than --n, to fit on")
+    test, fit = order[:args.n], order[args.n:args.n + args.n_train] if fitting else None
+    return (images[test], labels[test]), (images[fit], labels[fit]) if fitting else None
 
 
 def load_teacher(args, images):
@@ -379,12 +407,13 @@ def load_teacher(args, images):
         raise InputError(f"--teacher {error}") from None
     if images.shape[2:] != (encoder.img_resolution, encoder.img_resolution):
         raise InputError(f"--teacher {args.teacher}: made for {encoder.img_resolution} px images, expected {images.shape[2]}")
+    if encoder.label_dim:
+        print(f"{args.teacher}: class-conditional, asked without a label here, which it may not have been trained for", flush=True)
     return encoder
 
 
-def probed_teacher(args, images, fit):
-    """[ProbedTeacher] with its probe trained, or [] where no teacher is named: to be appended to a list of classifiers."""
-    encoder = load_teacher(args, images)
+def probed_teacher(args, encoder, fit):
+    """[ProbedTeacher] with its probe trained, or [] without an encoder: to be appended to a list of classifiers."""
     if encoder is None:
         return []
     teacher = ProbedTeacher(encoder, args.teacher_sigma, args.seed).to(args.device).fit_probe(*fit, args.info.num_classes, args)
@@ -434,13 +463,39 @@ def accuracy(head, features, labels):
 # Tables and figures
 
 
+def claim(args):
+    """Write the settings to --out/COMMAND.json, before anything is computed, and print a line of them.
+
+    Where a result is there already only the same command may go on, and only if its figure is missing: after an interruption.
+    """
+    out, names = Path(args.out), OUTPUTS[args.command]
+    settings = {key: value for key, value in vars(args).items() if key not in ("out", "device", "info")}
+    there = [name for name in names if (out / name).exists()]
+    text = json.dumps(settings, indent=2) + "\n"
+    interrupted = there and there[0] == names[0] and there[-1] != names[-1] and (out / names[0]).read_text(errors="replace") == text
+    if there and not interrupted:
+        raise InputError(f"--out {out}: {there[0]} is there already, of a finished run or one with other settings; nothing is overwritten, choose another folder")
+    out.mkdir(parents=True, exist_ok=True)
+    write(out / names[0], text)
+    if args.command != "curves":
+        attacked = f", {attack_name(args)}" if args.command in ATTACKING else ""
+        print(f"{args.command}: {args.info.dataset}, {args.weights} weights, {args.n} test images, seed {args.seed}{attacked}", flush=True)
+
+
+def write(path, text):
+    """Under another name first, then renamed: never half a file."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
 def write_csv(args, name, rows):
-    """A list of {column: value} with the same columns -> --out/name. Floats with six digits."""
-    with open(Path(args.out) / (name + ".tmp"), "w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()} for row in rows)
-    os.replace(file.name, Path(args.out) / name)
+    """A list of {column: value} with the same columns -> --out/name. Floats with eight digits."""
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({key: f"{value:.8g}" if isinstance(value, float) else value for key, value in row.items()} for row in rows)
+    write(Path(args.out) / name, text.getvalue())
 
 
 def new_figure(rows, columns, width=4.6, height=3.6):
@@ -448,13 +503,14 @@ def new_figure(rows, columns, width=4.6, height=3.6):
     return plt.subplots(rows, columns, figsize=(width * columns, height * rows), layout="constrained", squeeze=False)
 
 
-def save_figure(args, name, figure):
-    """Figure -> --out/name, and say so."""
-    temporary = Path(args.out) / (name + ".tmp")
+def save_figure(args, figure):
+    """Figure -> --out/COMMAND.png, the last of a command's outputs, and say what was written."""
+    path = Path(args.out) / OUTPUTS[args.command][-1]
+    temporary = path.with_name(path.name + ".tmp")
     figure.savefig(temporary, format="png", dpi=100)
     plt.close(figure)
-    os.replace(temporary, Path(args.out) / name)
-    print(f"wrote {', '.join(str(Path(args.out) / file) for file in OUTPUTS[args.command])}")
+    os.replace(temporary, path)
+    print(f"wrote {', '.join(str(path.with_name(name)) for name in OUTPUTS[args.command])}")
 
 
 def show(row):
@@ -471,136 +527,159 @@ def attack_name(args):
 # Commands
 
 
-def run_uniformity(args):
-    """Fig. 4 and 5: alignment (image and adversary) and uniformity of features, with clean and robust accuracy."""
-    models = load_models(args)
-    (images, labels), fit = load_data(args)
-    rows = []
-    for model in models + probed_teacher(args, images, fit):
-        clean = features_of(model, images, args)
-        adversarial = features_of(model, attack(model, images, labels, args), args)
-        centre = clean.mean(dim=0) if args.centre else 0
-        rows.append({"name": model.name, "n": len(images), "alignment": alignment(clean - centre, adversarial - centre), "uniformity": uniformity(clean - centre),
-                     "clean_accuracy": accuracy(model.head, clean, labels), "robust_accuracy": accuracy(model.head, adversarial, labels)})
-        show(rows[-1])
-    write_csv(args, "uniformity.csv", rows)
+def compare(args, model, images, labels):
+    """Features of clean and of attacked images [N, D] of a classifier, and {clean, robust accuracy in percent}."""
+    clean = features_of(model, images, args)
+    adversarial = features_of(model, attack(model, images, labels, args), args)
+    return clean, adversarial, {"clean_accuracy": accuracy(model.head, clean, labels), "robust_accuracy": accuracy(model.head, adversarial, labels)}
 
-    figure, (axes,) = new_figure(1, 2)
+
+def run_uniformity(args):
+    """Fig. 4 and 5: alignment (image and adversary) and uniformity of features, with clean and robust accuracy.
+
+    Both as the features are, and centred (less the mean clean feature): a part that is common to all images makes unit-length
+    features look alike, and the paper does not say whether it is subtracted.
+    """
+    models, encoder, (images, labels), fit = load(args)
+    claim(args)
+    rows = []
+    for model in models + probed_teacher(args, encoder, fit):
+        clean, adversarial, accuracies = compare(args, model, images, labels)
+        mean = clean.mean(dim=0)
+        rows.append({"name": model.name, "n": args.n, "alignment": alignment(clean, adversarial), "uniformity": uniformity(clean),
+                     "alignment_centred": alignment(clean - mean, adversarial - mean), "uniformity_centred": uniformity(clean - mean)} | accuracies)
+        show(rows[-1])
+        write_csv(args, "uniformity.csv", rows)
+
+    figure, (axes,) = new_figure(1, 3)
+    for ax, suffix in ((axes[0], ""), (axes[1], "_centred")):
+        for i, row in enumerate(rows):
+            ax.scatter(-row["alignment" + suffix], -row["uniformity" + suffix], color=f"C{i}", label=row["name"], s=60)
+        ax.set(xlabel="-alignment (higher: adversary moves features less)", ylabel="-uniformity (higher: more diverse)", title="features, centred" if suffix else "features")
+        ax.margins(0.2)
+        ax.legend()
     for i, row in enumerate(rows):
-        axes[0].scatter(-row["alignment"], -row["uniformity"], color=f"C{i}", label=row["name"], s=60)
         for kind, shift, alpha in (("clean", -0.2, 1), ("robust", 0.2, 0.5)):
-            axes[1].bar(i + shift, row[f"{kind}_accuracy"], 0.4, color=f"C{i}", alpha=alpha)
-            axes[1].annotate(f"{row[f'{kind}_accuracy']:.1f}", (i + shift, row[f"{kind}_accuracy"]), ha="center", va="bottom", fontsize=8)
-    axes[0].set(xlabel="-alignment (higher: the adversary moves features less)", ylabel="-uniformity (higher: more diverse)", title=f"Features on the unit sphere{', centred' * args.centre}")
-    axes[0].margins(0.2)
-    axes[0].legend()
-    axes[1].set(xticks=range(len(rows)), ylabel="accuracy [%]", title=f"left: clean, right: {attack_name(args)}")
-    axes[1].set_xticklabels([row["name"] for row in rows], rotation=15)
-    save_figure(args, "uniformity.png", figure)
+            axes[2].bar(i + shift, row[f"{kind}_accuracy"], 0.4, color=f"C{i}", alpha=alpha)
+            axes[2].annotate(f"{row[f'{kind}_accuracy']:.1f}", (i + shift, row[f"{kind}_accuracy"]), ha="center", va="bottom", fontsize=8)
+    axes[2].set(xticks=range(len(rows)), xlabel="network", ylabel="accuracy [%]", title=f"left: clean, right: {attack_name(args)}")
+    axes[2].set_xticklabels([row["name"] for row in rows])
+    save_figure(args, figure)
 
 
 def run_cknna(args):
-    """Fig. 1 and 9: likeness of each classifier's features to the teacher's, against robust and clean accuracy."""
-    models = load_models(args)
-    (images, labels), _ = load_data(args)
-    if len(images) <= max(args.k, 3):
-        raise InputError(f"--k {args.k}: there are {len(images)} images, expected more than k, and at least 4")
-    teacher = ProbedTeacher(load_teacher(args, images), args.teacher_sigma, args.seed).to(args.device)
+    """Fig. 1 and 9: likeness of each classifier's features to the teacher's, against robust and clean accuracy. Raw and centred, as in
+    `run_uniformity`. The teacher gives no labels here: with them, likeness would be that to the labels.
+    """
+    models, encoder, (images, labels), _ = load(args)
+    if args.n <= args.k:
+        raise InputError(f"--k {args.k}: there are {args.n} images, expected more than k")
+    claim(args)
+    teacher = ProbedTeacher(encoder, args.teacher_sigma, args.seed).to(args.device)
     target, rows = features_of(teacher, images, args), []
-    centred = lambda features: features - features.mean(dim=0) if args.centre else features
     for model in models:
-        clean = features_of(model, images, args)
-        adversarial = features_of(model, attack(model, images, labels, args), args)
-        rows.append({"name": model.name, "n": len(images), "k": args.k, "cknna": cknna(centred(clean), centred(target), args.k),
-                     "clean_accuracy": accuracy(model.head, clean, labels), "robust_accuracy": accuracy(model.head, adversarial, labels)})
+        clean, _, accuracies = compare(args, model, images, labels)
+        centred = cknna(clean - clean.mean(dim=0), target - target.mean(dim=0), args.k)
+        rows.append({"name": model.name, "n": args.n, "k": args.k, "cknna": cknna(clean, target, args.k), "cknna_centred": centred} | accuracies)
         show(rows[-1])
-    write_csv(args, "cknna.csv", rows)
+        write_csv(args, "cknna.csv", rows)
 
     figure, (axes,) = new_figure(1, 2)
     for ax, kind, what in ((axes[0], "robust", attack_name(args)), (axes[1], "clean", "clean images")):
         for i, row in enumerate(rows):
             ax.scatter(row[f"{kind}_accuracy"], row["cknna"], color=f"C{i}", label=row["name"], s=60)
-        ax.set(xlabel=f"accuracy [%], {what}", ylabel=f"CKNNA with the teacher (k = {args.k}{', centred' * args.centre})", title=f"teacher at sigma {args.teacher_sigma:g}, {len(images)} images")
+            ax.scatter(row[f"{kind}_accuracy"], row["cknna_centred"], edgecolors=f"C{i}", facecolors="none", label=f"{row['name']}, centred", s=60)
+        ax.set(xlabel=f"accuracy [%], {what}", ylabel=f"CKNNA with the teacher (k = {args.k})", title=f"teacher at sigma {args.teacher_sigma:g}, {args.n} images")
         ax.margins(0.2)
-        ax.legend()
-    save_figure(args, "cknna.png", figure)
+        ax.legend(fontsize=8)
+    save_figure(args, figure)
 
 
 def run_spectrum(args):
     """Fig. 3a and 10: spatial frequencies of PGD perturbations and of input gradients, and how later checkpoints differ from the first."""
-    models = load_models(args)
-    (images, labels), fit = load_data(args)
-    maps = {}
-    for model in models + probed_teacher(args, images, fit):
+    models, encoder, (images, labels), fit = load(args)
+    claim(args)
+    maps = {}  # (name, kind): [H, W]
+    for model in models + probed_teacher(args, encoder, fit):
         maps[model.name, "perturbation"] = frequency_map(attack(model, images, labels, args) - images)
         maps[model.name, "gradient"] = frequency_map(input_gradients(model, images, labels, args))
     differences = {(f"{model.name} - {models[0].name}", kind): maps[model.name, kind] - maps[models[0].name, kind]
                    for model in models[1:] for kind in ("perturbation", "gradient")}
-    profiles = {key: radial_profile(map_) for key, map_ in (maps | differences).items()}
-    write_csv(args, "spectrum.csv", [{"name": name, "of": kind, "waves_per_image": i, "amplitude": value}
-                                     for (name, kind), profile in profiles.items() for i, value in enumerate(profile.tolist())])
-    write_csv(args, "spectrum_map.csv", [{"name": name, "of": kind, "vertical": i - len(map_) // 2, "horizontal": j - len(line) // 2, "amplitude": value}
-                                         for (name, kind), map_ in (maps | differences).items() for i, line in enumerate(map_.tolist()) for j, value in enumerate(line)])
+    profiles, table = [], []
+    for (name, kind), map_ in (maps | differences).items():
+        profiles += [{"name": name, "of": kind, "waves_per_image": i, "amplitude": value} for i, value in enumerate(radial_profile(map_).tolist())]
+        height, width = map_.shape
+        table += [{"name": name, "of": kind, "vertical": i - height // 2, "horizontal": j - width // 2, "amplitude": map_[i, j].item()}
+                  for i in range(height) for j in range(width)]
+    write_csv(args, "spectrum.csv", profiles)
+    write_csv(args, "spectrum_map.csv", table)
+    draw_spectrum(args, maps, differences)
 
+
+def draw_spectrum(args, maps, differences):
+    """A row of maps for perturbations and one for gradients: networks, differences, and the mean over directions. {(name, kind): [H, W]}."""
     names = list(dict.fromkeys(name for name, _ in maps | differences))
     figure, axes = new_figure(2, len(names) + 1, 3.6, 3.2)
-    half = images.shape[2] // 2
-    for row, kind in zip(axes, ("perturbation", "gradient")):
-        top = max(map_.max().item() for (_, of), map_ in maps.items() if of == kind)
-        low = max(top / 1e3, min(map_.min().item() for (_, of), map_ in maps.items() if of == kind))
-        bound = max((map_.abs().max().item() for (_, of), map_ in differences.items() if of == kind), default=1)
-        for i, (ax, name) in enumerate(zip(row, names)):
-            difference = (name, kind) in differences
-            colours = {"cmap": "RdBu_r", "vmin": -bound, "vmax": bound} if difference else {"norm": LogNorm(low, top, clip=True)}
-            picture = ax.imshow((maps | differences)[name, kind].numpy(), extent=(-half - 0.5, images.shape[3] - half - 0.5, images.shape[2] - half - 0.5, -half - 0.5), **colours)
-            figure.colorbar(picture, ax=ax, label="difference" if difference else "amplitude (white noise: 1)")
+    for row, kind, measure in zip(axes, ("perturbation", "gradient"), ("pixel value, 0 to 1", "loss per pixel value")):
+        mine = {name: map_ for (name, of), map_ in maps.items() if of == kind}
+        compared = {name: map_ for (name, of), map_ in differences.items() if of == kind}
+        top = max(map_.max().item() for map_ in mine.values())
+        low = max(top / 1e3, min(map_.min().item() for map_ in mine.values()))
+        bound = max((map_.abs().max().item() for map_ in compared.values()), default=1)
+        for ax, (name, map_) in zip(row, (mine | compared).items()):
+            colours = {"norm": LogNorm(low, top, clip=True)} if name in mine else {"cmap": "RdBu_r", "vmin": -bound, "vmax": bound}
+            vertical, horizontal = [size // 2 + 0.5 for size in map_.shape]  # frequency 0 is the middle of a pixel
+            picture = ax.imshow(map_.numpy(), extent=(-horizontal, map_.shape[1] - horizontal, map_.shape[0] - vertical, -vertical), **colours)
+            figure.colorbar(picture, ax=ax, label=f"{'amplitude' if name in mine else 'difference'} [{measure}]")
             ax.set(title=f"{name}\n{kind}", xlabel="horizontal [waves per image]", ylabel="vertical [waves per image]")
-            if not difference:
-                row[-1].plot(profiles[name, kind].numpy(), ("-", "--", ":", "-.")[i % 4], label=name)
-        row[-1].axhline(1, color="grey", linewidth=0.8, linestyle=":")
-        row[-1].set(title=f"over all directions\n{kind}", yscale="log", xlabel="frequency [waves per image]", ylabel="amplitude (white noise: 1)")
+        for i, (name, map_) in enumerate(mine.items()):
+            row[-1].plot(radial_profile(map_).numpy(), ("-", "--", ":", "-.")[i % 4], label=name)
+        row[-1].set(title=f"mean over directions\n{kind}", yscale="log", xlabel="frequency [waves per image]", ylabel=f"amplitude [{measure}]")
         row[-1].legend()
-    save_figure(args, "spectrum.png", figure)
+    save_figure(args, figure)
 
 
 def run_probe(args):
     """Which noise level and block carry the class (how to choose --teacher-sigma and --teacher-layer), and, Fig. 3b, accuracy against eps.
 
-    In the grid each image has its own noise; against eps it is one fixed noise image, see `ProbedTeacher`.
+    The grid is scored on training images that the probe was not fitted to (the first 1,024, as in train_cifar.py), since what is chosen by it
+    will be judged on test images; each image has its own noise there. Against eps it is one fixed noise image, see `ProbedTeacher`.
     """
-    models = load_models(args)
-    (images, labels), (fit_images, fit_labels) = load_data(args)
-    encoder = load_teacher(args, images)
-    layers, rows = choose_layers(encoder, args.layers), []
+    models, encoder, (images, labels), (fit_images, fit_labels) = load(args)
+    layers, held, rows = choose_layers(encoder, args.layers), min(HOLDOUT, len(fit_labels) // 5), []
+    claim(args)
     for sigma in args.sigmas:
-        train = pooled_activations(encoder, layers, fit_images, sigma, "train", args)
-        test = pooled_activations(encoder, layers, images, sigma, "test", args)
+        features = pooled_activations(encoder, layers, fit_images, sigma, args)
         for layer in layers:
-            probe = linear_probe(train[layer], fit_labels.to(args.device), args.info.num_classes)
-            rows.append({"sigma": sigma, "layer": layer, "width": probe.in_features, "n_train": len(fit_images), "n": len(images), "accuracy": accuracy(probe, test[layer], labels)})
+            probe = linear_probe(features[layer][held:], fit_labels[held:].to(args.device), args.info.num_classes)
+            rows.append({"sigma": sigma, "layer": layer, "width": probe.in_features, "n_train": len(fit_labels) - held, "n": held,
+                         "accuracy": accuracy(probe, features[layer][:held], fit_labels[:held])})
             show(rows[-1])
-    write_csv(args, "probe.csv", rows)
+            write_csv(args, "probe.csv", rows)
 
     curves = []
-    for model in models + probed_teacher(args, images, (fit_images, fit_labels)):
+    for model in models + probed_teacher(args, encoder, (fit_images, fit_labels)):
         for eps in np.linspace(0, args.eps, EPS_POINTS + 1):
             adversarial = attack(model, images, labels, args, float(eps)) if eps else images
-            curves.append({"name": model.name, "eps_255": float(255 * eps), "accuracy": accuracy(model.head, features_of(model, adversarial, args), labels)})
-        show({"name": model.name, "clean": curves[-1 - EPS_POINTS]["accuracy"], "robust": curves[-1]["accuracy"]})
-    write_csv(args, "probe_eps.csv", curves)
+            correct = accuracy(model.head, features_of(model, adversarial, args), labels)
+            curves.append({"name": model.name, "n": args.n, "eps_255": float(255 * eps), "accuracy": correct})
+            show(curves[-1])
+            write_csv(args, "probe_eps.csv", curves)
 
     figure, (axes,) = new_figure(1, 2, 5)
     for layer in layers:
         axes[0].plot(args.sigmas, [row["accuracy"] for row in rows if row["layer"] == layer], "o-", label=layer)
-    axes[0].set(xscale="log", xticks=args.sigmas, xlabel="noise level sigma (images in [-1, 1])", ylabel="accuracy of a linear probe [%]", title="teacher's features, clean images")
+    axes[0].set(xscale="log", xticks=args.sigmas, xlabel="noise level sigma (images in [-1, 1])", ylabel="accuracy of a linear probe [%]",
+                title=f"teacher's features, {held} held-out images")
     axes[0].set_xticklabels([f"{sigma:g}" for sigma in args.sigmas])
     axes[0].minorticks_off()
     for name in dict.fromkeys(row["name"] for row in curves):
-        axes[1].plot([row["eps_255"] for row in curves if row["name"] == name], [row["accuracy"] for row in curves if row["name"] == name], "o-", label=name)
-    axes[1].set(xlabel="eps [1/255]", ylabel="accuracy [%]", title=f"PGD-{args.steps}; the teacher's probe under fixed noise", ylim=(0, None))
+        points = [(row["eps_255"], row["accuracy"]) for row in curves if row["name"] == name]
+        axes[1].plot(*zip(*points), "o-", label=name)
+    axes[1].set(xlabel="eps [1/255]", ylabel="accuracy [%]", title=f"PGD-{args.steps}; teacher's probe under fixed noise", ylim=(0, None))
     for ax in axes:
         ax.legend(fontsize=8)
-    save_figure(args, "probe.png", figure)
+    save_figure(args, figure)
 
 
 def choose_layers(encoder, asked):
@@ -614,16 +693,17 @@ def choose_layers(encoder, asked):
 
 
 @torch.no_grad()
-def pooled_activations(encoder, layers, images, sigma, purpose, args):
+def pooled_activations(encoder, layers, images, sigma, args):
     """Outputs of several blocks in one pass, averaged over positions: {layer: [N, C]}. Noise differs from image to image; no labels."""
     found, hooks = {layer: [] for layer in layers}, []
     for layer in layers:
         part, name = layer.split(".")
-        hooks.append(getattr(encoder.model, part)[name].register_forward_hook(lambda module, inputs, output, layer=layer: found[layer].append(output.mean(dim=(2, 3)))))
+        keep = lambda _module, _inputs, output, layer=layer: found[layer].append(output.mean(dim=(2, 3)))
+        hooks.append(getattr(encoder.model, part)[name].register_forward_hook(keep))
     try:
         for piece in pieces(args, len(images), f"teacher at sigma {sigma:g}"):
             x = images[piece].to(args.device)
-            encoder(x, None, sigma, torch.randn(x.shape, generator=generator(args.seed, piece.start, purpose)).to(args.device))
+            encoder(x, None, sigma, torch.randn(x.shape, generator=generator(args.seed, piece.start, "grid noise")).to(args.device))
     finally:
         for hook in hooks:
             hook.remove()
@@ -631,72 +711,73 @@ def pooled_activations(encoder, layers, images, sigma, purpose, args):
 
 
 def run_sae(args):
-    """Fig. 6: how well k of many latents explain a penultimate feature, on images that the autoencoder was not fitted to."""
-    models = load_models(args)
-    (images, _), (fit_images, _) = load_data(args)
+    """Fig. 6: how well k of many latents explain a penultimate feature, on test images, that the autoencoder was not fitted to."""
+    models, _, (images, _), (fit_images, _) = load(args)
+    for model in models:
+        latents = args.expansion * features_of(model, images[:1], args).shape[1]
+        if max(args.ks) > latents:
+            raise InputError(f"--ks {max(args.ks)}: {model.name} would have {latents} latents, expected no more")
+    claim(args)
     rows = []
     for model in models:
         train, test = features_of(model, fit_images, args), features_of(model, images, args)
         mean, latents = train.mean(dim=0), args.expansion * train.shape[1]
-        if max(args.ks) > latents:
-            raise InputError(f"--ks {max(args.ks)}: {model.name} has {train.shape[1]} features, so there are {latents} latents, expected no more")
         scale = (train - mean).square().mean().sqrt()  # one number for all: the loss is relative, but Adam's steps are not
         train, test = (train - mean) / scale, (test - mean) / scale
         for k in args.ks:
             sae = train_sae(train, latents, k, args.sae_steps, args.seed)
-            dead = (sae.encode(train) == 0).all(dim=0).double().mean().item()
-            rows.append({"name": model.name, "k": k, "latents": latents, "n_train": len(train), "n": len(test), "normalised_loss": normalised_loss(sae(test), test),
-                         "normalised_loss_train": normalised_loss(sae(train), train), "dead_latents": dead})
+            dead = torch.stack([(sae.encode(part) == 0).all(dim=0) for part in train.split(SAE_BATCH)]).all(dim=0)
+            fitted = normalised_loss(torch.cat([sae(part) for part in train.split(SAE_BATCH)]), train)
+            rows.append({"name": model.name, "k": k, "latents": latents, "n_train": args.n_train, "n": args.n, "normalised_loss": normalised_loss(sae(test), test),
+                         "normalised_loss_train": fitted, "dead_latents": dead.double().mean().item()})
             show(rows[-1])
-    write_csv(args, "sae.csv", rows)
+            write_csv(args, "sae.csv", rows)
 
     figure, ((ax,),) = new_figure(1, 1, 5.5, 4)
     for i, name in enumerate(args.names):
-        mine = [row for row in rows if row["name"] == name]
-        ax.plot([row["k"] for row in mine], [row["normalised_loss"] for row in mine], "o-", color=f"C{i}", label=f"{name}, held out")
-        ax.plot([row["k"] for row in mine], [row["normalised_loss_train"] for row in mine], ":", color=f"C{i}", label=f"{name}, fitted")
-    ax.set(xscale="log", xticks=args.ks, ylim=(0, None), xlabel="active latents k", ylabel="normalised reconstruction loss", title=f"TopK sparse autoencoder, {args.expansion} latents per dimension")
+        for column, style, what in (("normalised_loss", "o-", "test images"), ("normalised_loss_train", ":", "images fitted to")):
+            points = [(row["k"], row[column]) for row in rows if row["name"] == name]
+            ax.plot(*zip(*points), style, color=f"C{i}", label=f"{name}, {what}")
+    ax.set(xscale="log", xticks=args.ks, ylim=(0, None), xlabel="active latents k", ylabel="normalised reconstruction loss",
+           title=f"TopK sparse autoencoder, {args.expansion} latents per dimension")
     ax.set_xticklabels(args.ks)
     ax.minorticks_off()
     ax.legend()
-    save_figure(args, "sae.png", figure)
+    save_figure(args, figure)
 
 
 def run_dims(args):
     """Fig. 7 and Table 3: accuracy on the first k principal components of clean features, and how many are needed.
 
-    Components come from training images. The adversary attacks the whole network and does not know of the projection, so what is gained by leaving
-    components out says where this adversary acts; it is no defence.
+    Components come from training images. The adversary attacks the whole network and does not know of the projection, so what is gained by
+    leaving components out says where this adversary acts; it is no defence.
     """
-    models = load_models(args)
-    (images, labels), (fit_images, _) = load_data(args)
-    rows, curves = [], []
+    models, _, (images, labels), (fit_images, _) = load(args)
+    claim(args)
+    rows, curves, truth = [], [], labels.to(args.device)
     for model in models:
         mean, components = principal_components(features_of(model, fit_images, args))
-        project = lambda x: accuracy_by_rank(model.head, features_of(model, x, args), labels.to(args.device), mean, components)
-        clean, robust = project(images), project(attack(model, images, labels, args))
-        rows.append({"name": model.name, "n_train": len(fit_images), "n": len(images), "features": len(mean), "cls_95": classification_dimension(clean, 0.95),
-                     "cls_99": classification_dimension(clean, 0.99), "robust": robust_dimension(robust), "clean_accuracy": clean[-1].item(), "robust_accuracy": robust[-1].item(),
-                     "best_robust_accuracy": robust.max().item()})
+        features, adversarial, _ = compare(args, model, images, labels)
+        clean, robust = [accuracy_by_rank(model.head, x, truth, mean, components) for x in (features, adversarial)]
+        rows.append({"name": model.name, "n_train": args.n_train, "n": args.n, "features": len(mean),
+                     "cls_95": classification_dimension(clean, 0.95), "cls_99": classification_dimension(clean, 0.99), "robust": robust_dimension(robust),
+                     "clean_accuracy": clean[-1].item(), "robust_accuracy": robust[-1].item(), "best_robust_accuracy": robust.max().item()})
         show(rows[-1])
-        curves += [{"name": model.name, "components": k, "clean_accuracy": a, "robust_accuracy": b} for k, (a, b) in enumerate(zip(clean.tolist(), robust.tolist()))]
-    write_csv(args, "dims.csv", rows)
-    write_csv(args, "dims_accuracy.csv", curves)
+        curves += [{"name": model.name, "components": k, "clean_accuracy": clean[k].item(), "robust_accuracy": robust[k].item()} for k in range(len(clean))]
+        write_csv(args, "dims.csv", rows)
+        write_csv(args, "dims_accuracy.csv", curves)
 
     figure, (axes,) = new_figure(1, 2, 5)
-    for i, row in enumerate(rows):
-        mine = [curve for curve in curves if curve["name"] == row["name"] and curve["components"]]
-        for ax, kind, marks in ((axes[0], "clean", ("cls_95", "cls_99")), (axes[1], "robust", ("robust",))):
-            values = [curve[f"{kind}_accuracy"] for curve in mine]
-            ax.plot([curve["components"] for curve in mine], values, color=f"C{i}", label=f"{row['name']}: {', '.join(str(row[mark]) for mark in marks)}")
-            for mark in marks:
-                ax.plot(max(1, row[mark]), values[max(1, row[mark]) - 1], "o", color=f"C{i}")
-    axes[0].set(title="clean; points: 95 % and 99 % of the full accuracy")
-    axes[1].set(title=f"{attack_name(args)}; point: the best")
-    for ax in axes:
-        ax.set(xscale="log", xlabel="principal components of the clean features", ylabel="accuracy [%]", ylim=(0, None))
+    for ax, kind, marks in ((axes[0], "clean", ("cls_95", "cls_99")), (axes[1], "robust", ("robust",))):
+        for i, row in enumerate(rows):
+            values = [curve[f"{kind}_accuracy"] for curve in curves if curve["name"] == row["name"]]
+            ax.plot(values, color=f"C{i}", label=f"{row['name']}: {', '.join(str(row[mark]) for mark in marks)}")
+            ax.plot([row[mark] for mark in marks], [values[row[mark]] for mark in marks], "o", color=f"C{i}")
+        ax.set_xscale("symlog", linthresh=1)  # logarithmic from 1 on
+        ax.set(xlim=(0, None), ylim=(0, None), xlabel="principal components of the clean features", ylabel="accuracy [%]",
+               title="clean; points: 95 % and 99 % of the full accuracy" if kind == "clean" else f"{attack_name(args)}; point: the best")
         ax.legend()
-    save_figure(args, "dims.png", figure)
+    save_figure(args, figure)
 
 
 def read_log(path, name):
@@ -718,6 +799,7 @@ def run_curves(args):
     """Training curves of one or more runs."""
     rows = [row for path, name in zip(args.runs, args.names) for row in read_log(path, name)]
     columns = list(dict.fromkeys(column for row in rows for column in row))
+    claim(args)
     write_csv(args, "curves.csv", [{column: row.get(column, "") for column in columns} for row in rows])
 
     figure, axes = new_figure(2, 2)
@@ -732,7 +814,7 @@ def run_curves(args):
         ax.set(xlabel="epoch", ylabel=label)
         if ax.lines:
             ax.legend(fontsize=8)
-    save_figure(args, "curves.png", figure)
+    save_figure(args, figure)
 
 
 COMMANDS = {"uniformity": run_uniformity, "cknna": run_cknna, "spectrum": run_spectrum, "probe": run_probe, "sae": run_sae, "dims": run_dims, "curves": run_curves}
@@ -741,11 +823,7 @@ COMMANDS = {"uniformity": run_uniformity, "cknna": run_cknna, "spectrum": run_sp
 def main(argv=None):
     """The command line."""
     args = parse_args(argv)
-    for name in OUTPUTS[args.command]:
-        if (Path(args.out) / name).exists():
-            raise InputError(f"--out {args.out}: {name} is there already, expected a folder without it; nothing is overwritten")
     torch.backends.cudnn.deterministic, torch.backends.cudnn.allow_tf32 = True, False
-    Path(args.out).mkdir(parents=True, exist_ok=True)
     COMMANDS[args.command](args)
 
 
@@ -756,7 +834,7 @@ if __name__ == "__main__":
         print(f"error: {problem}", file=sys.stderr)
         sys.exit(2)
     except torch.OutOfMemoryError as problem:
-        print(f"error: {str(problem).splitlines()[0]} Use a smaller --batch-size.", file=sys.stderr)
+        print(f"error: {str(problem).splitlines()[0]} Use a smaller --batch-size or --n.", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)

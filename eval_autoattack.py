@@ -206,9 +206,11 @@ def import_script(path):
 
 
 def load_images(args, info, split="test"):
-    """Test images float32 [N, 3, H, W] in [0, 1] and labels int64 [N], on the CPU. info: as `load_classifier` leaves it; split: "test", or
-    for CIFAR "train"."""
+    """The first args.n images of a split, float32 [N, 3, H, W] in [0, 1], and labels int64 [N], on the CPU. info: as `load_classifier` leaves
+    it; split: "test" or, for CIFAR, "train"."""
     if info.dataset == "imagenet":
+        if split != "test":
+            raise InputError(f"ImageNet: only the test images are read, not {split}")
         return load_imagenet(Path(args.data_dir), args.image_list, args.n, info.num_classes, info.args.get("image_size", 224), info.args.get("classes"))
     import train_cifar
     source = SimpleNamespace(dataset=info.dataset, data_dir=args.data_dir, smoke=info.args.get("smoke") is True, seed=info.args.get("seed", 0))

@@ -3,6 +3,7 @@ import csv
 import itertools
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -93,24 +94,26 @@ def test_unbiased_hsic_is_the_mean_over_four_different_images():
 
 @pytest.mark.parametrize("vertical, horizontal", [(0, 5), (7, 0), (3, -4)])
 def test_a_pure_wave_has_one_frequency(vertical, horizontal):
-    y, x = torch.meshgrid(torch.arange(32), torch.arange(32), indexing="ij")
-    y, x = y.double(), x.double()
-    wave = torch.sin(2 * torch.pi * (vertical * y + horizontal * x) / 32 + 0.4)
-    frequencies = frequency_map(torch.stack([wave, 1e-6 * wave])[:, None].expand(-1, 3, -1, -1))
-    peaks = {tuple(index) for index in (frequencies > 1).nonzero().tolist()}
-    assert peaks == {(16 + vertical, 16 + horizontal), (16 - vertical, 16 - horizontal)}
-    assert frequencies.mean() == pytest.approx(1) and frequencies.sum() - frequencies[frequencies > 1].sum() < 1e-3
-    assert radial_profile(frequencies).argmax() == round(math.hypot(vertical, horizontal)) and len(radial_profile(frequencies)) == 17
+    """Of amplitude 0.3 in 32 x 32 pixels: half of it at the frequency and half at its mirror image, times 32 (orthonormal scaling)."""
+    y, x = torch.meshgrid(torch.arange(32).double(), torch.arange(32).double(), indexing="ij")
+    wave = 0.3 * torch.sin(2 * torch.pi * (vertical * y + horizontal * x) / 32 + 0.4)
+    frequencies = frequency_map(wave.expand(2, 3, 32, 32))
+    expected = torch.zeros(32, 32).double()
+    expected[16 + vertical, 16 + horizontal] = expected[16 - vertical, 16 - horizontal] = 0.3 * 32 / 2
+    torch.testing.assert_close(frequencies, expected)
+    profile = radial_profile(frequencies)
+    assert profile.argmax() == round(math.hypot(vertical, horizontal)) and (profile > 1e-9).sum() == 1 and len(profile) == 17
 
 
-def test_white_noise_is_flat_and_small_signals_count_as_much_as_large_ones():
-    noise = normal(400, 3, 16, 16)
-    torch.testing.assert_close(radial_profile(frequency_map(noise))[1:], torch.ones(8).double(), atol=0.05, rtol=0)
-    flat = torch.ones(400, 3, 16, 16)
-    mixed = frequency_map(torch.cat([noise, 1e-9 * flat]))
-    torch.testing.assert_close(mixed, (frequency_map(noise) + frequency_map(flat)) / 2)
-    torch.testing.assert_close(frequency_map(torch.cat([noise, 0 * flat])), frequency_map(noise))  # what is 0 has no spectrum
-    torch.testing.assert_close(radial_profile(torch.full((32, 32), 3.0)), torch.full((17,), 3.0))
+def test_white_noise_is_flat_a_constant_is_frequency_0_and_maps_are_means_over_images():
+    noise, flat = 0.1 * normal(300, 3, 16, 16), torch.ones(300, 3, 16, 16)
+    profile = radial_profile(frequency_map(noise))
+    torch.testing.assert_close(profile[1:], torch.full((8,), 0.0886).double(), atol=0.003, rtol=0)
+    assert profile[0] == pytest.approx(0.0798, abs=0.006)  # a real coefficient
+    assert radial_profile(frequency_map(flat)).tolist() == pytest.approx([16] + 8 * [0])
+    torch.testing.assert_close(frequency_map(torch.cat([noise, flat])), (frequency_map(noise) + frequency_map(flat)) / 2)
+    torch.testing.assert_close(frequency_map(3 * noise), 3 * frequency_map(noise))  # the size counts, not the shape alone
+    torch.testing.assert_close(radial_profile(torch.full((32, 24), 3.0)), torch.full((13,), 3.0))
 
 
 # -------------------------------------------------------------------------------------------------------------- linear probe
@@ -175,6 +178,7 @@ def test_features_of_rank_r_need_r_components():
 def test_dimensions_are_read_off_the_accuracy():
     clean = torch.tensor([10.0, 40, 76, 75, 79, 80])
     assert classification_dimension(clean, 0.95) == 2, "the least that reaches 76 % = 0.95 x 80 %, even if the next falls below"
+    assert classification_dimension(torch.tensor([10.0, 28.5, 30]).double(), 0.95) == 1, "28.5 is 95 % of 30, whatever binary fractions say"
     assert classification_dimension(clean, 0.99) == 5 and classification_dimension(clean, 0) == 0
     assert robust_dimension(torch.tensor([10.0, 30, 42, 41, 42, 38])) == 2
 
@@ -207,9 +211,9 @@ def test_probed_teacher_is_a_fixed_function_of_the_image():
 def test_blocks_probed_together_are_those_probed_alone():
     args = analyze.parse_args(["probe", "--teacher", EDM, "--batch-size", "2", "--device", "cpu", "--seed", "1"])
     layers, images = ["enc.16x16_block0", "dec.8x8_in1"], torch.rand(5, 3, 32, 32)
-    together = pooled_activations(load_edm_encoder(EDM), layers, images, 0.3, "test", args)
+    together = pooled_activations(load_edm_encoder(EDM), layers, images, 0.3, args)
     for layer in layers:
-        noise = torch.cat([torch.randn((min(2, 5 - i), 3, 32, 32), generator=train_cifar.generator(1, i, "test")) for i in (0, 2, 4)])
+        noise = torch.cat([torch.randn((min(2, 5 - i), 3, 32, 32), generator=train_cifar.generator(1, i, "grid noise")) for i in (0, 2, 4)])
         torch.testing.assert_close(together[layer], load_edm_encoder(EDM, layer)(images, None, 0.3, noise))
     assert analyze.choose_layers(load_edm_encoder(EDM), None) == ["enc.32x32_block0", "enc.16x16_block0", "enc.8x8_block0", "dec.8x8_in0", "dec.8x8_in1"]
 
@@ -220,10 +224,12 @@ def runs(tmp_path_factory):
     folder, rows = tmp_path_factory.mktemp("runs"), ({"step": 17, "epoch": 1.0, "lr": 0.1, "loss": 0.9, "trades": 1.8, "train_clean": 40.0, "train_robust": 30.0, "images_per_s": 9.0},
                                                      {"step": 34, "epoch": 2.0, "lr": 0.0, "loss": 0.5, "trades": 1.4, "train_clean": 50.0, "train_robust": 35.0, "images_per_s": 9.0,
                                                       "holdout_clean": 51.0, "holdout_robust": 33.0})
-    for name, weight, seed in (("at", "0", "0"), ("dra", "1", "1")):
-        args = train_cifar.parse_args(["--smoke", "--dra-weight", weight, "--seed", seed])
+    for name, weight in (("at", "0"), ("dra", "1")):
+        args = train_cifar.parse_args(["--smoke", "--dra-weight", weight])
         (folder / name).mkdir()
         run = train_cifar.build_run(args, torch.device("cpu"), train_cifar.load_teacher(args, torch.device("cpu")))
+        for parameter in run[1].parameters():
+            parameter.data += 0.05 * normal(*parameter.shape, seed=len(name))
         train_cifar.save_atomically(train_cifar.checkpoint(args, run, 34, 33.0), folder / name / "best.pt")
         train_cifar.start_log(folder / name / "log.csv", 0)
         for row in rows:
@@ -231,63 +237,166 @@ def runs(tmp_path_factory):
     return folder
 
 
-def read(path):
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
-
-
 SMALL = ["--n", "24", "--batch-size", "16", "--device", "cpu"]
-COMMANDS = {  # command: its flags, and the columns of its tables
-    "uniformity": (["--teacher", EDM, "--n-train", "40", "--steps", "1"], ["name n alignment uniformity clean_accuracy robust_accuracy"]),
-    "cknna": (["--teacher", EDM, "--steps", "1"], ["name n k cknna clean_accuracy robust_accuracy"]),
-    "spectrum": (["--teacher", EDM, "--n-train", "40", "--steps", "1"], ["name of waves_per_image amplitude", "name of vertical horizontal amplitude"]),
-    "probe": (["--teacher", EDM, "--n-train", "40", "--steps", "1", "--sigmas", "0.1", "0.5"], ["sigma layer width n_train n accuracy", "name eps_255 accuracy"]),
-    "sae": (["--n-train", "40", "--ks", "2", "4", "--sae-steps", "5"], ["name k latents n_train n normalised_loss normalised_loss_train dead_latents"]),
-    "dims": (["--n-train", "40", "--steps", "1"], ["name n_train n features cls_95 cls_99 robust clean_accuracy robust_accuracy best_robust_accuracy",
-                                                  "name components clean_accuracy robust_accuracy"]),
-    "curves": ([], ["name step epoch lr loss trades train_clean train_robust images_per_s holdout_clean holdout_robust cosine"]),
-}
+FLAGS = {"uniformity": ["--teacher", EDM, "--n-train", "40", "--steps", "1"], "cknna": ["--teacher", EDM, "--steps", "1", "--k", "5"],
+         "spectrum": ["--teacher", EDM, "--n-train", "40", "--steps", "1"], "probe": ["--teacher", EDM, "--n-train", "40", "--steps", "1", "--sigmas", "0.5", "0.1"],
+         "sae": ["--n-train", "40", "--ks", "4", "2", "--sae-steps", "5"], "dims": ["--n-train", "40", "--steps", "1"], "curves": []}
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_writes_its_tables_and_figure_and_overwrites_nothing(command, runs, tmp_path, monkeypatch):
-    flags, columns = COMMANDS[command]
-    inputs = [str(runs / name) for name in ("at", "dra")] if command == "curves" else [*(str(runs / name / "best.pt") for name in ("at", "dra")), *SMALL]
-    monkeypatch.setitem(analyze.__dict__, "EPS_POINTS", 2)
-    analyze.main([command, *inputs, *flags, "--out", str(tmp_path / "out")])
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(analyze.OUTPUTS[command])
-    *tables, figure = analyze.OUTPUTS[command]
-    for table, names in zip(tables, columns, strict=True):
-        rows = read(tmp_path / "out" / table)
-        assert list(rows[0]) == names.split() and all(math.isfinite(float(row[name])) for row in rows for name in row if name not in ("name", "of", "layer") and row[name])
-        known = {row["name"] for row in rows if "name" in row} or {"at/best"}
-        assert {"at", "dra"} <= known or {"at/best", "dra/best"} <= known or table == "probe.csv"
-    picture = plt_read(tmp_path / "out" / figure)
-    assert min(picture.shape[:2]) > 300 and picture.std() > 0.01
-    before = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+@pytest.fixture(scope="module")
+def results(runs, tmp_path_factory):
+    """Every command, run once: a function command -> (its tables by name, its figure's axes, its folder)."""
+    out, known, figures = tmp_path_factory.mktemp("analysis"), {}, {}
+
+    def result(command):
+        if command not in known:
+            inputs = [str(runs / name) for name in ("at", "dra")] if command == "curves" else [*(str(runs / name / "best.pt") for name in ("at", "dra")), *SMALL]
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(analyze, "EPS_POINTS", 2)
+                patch.setattr(analyze.plt, "close", lambda figure: figures.update({command: figure}))
+                analyze.main([command, *inputs, *FLAGS[command], "--out", str(out)])
+            tables = {}
+            for path in [out / name for name in analyze.OUTPUTS[command] if name.endswith(".csv")]:
+                with open(path, newline="") as file:
+                    tables[path.stem] = [{key: value if key in ("name", "of", "layer") else float(value or "nan") for key, value in row.items()} for row in csv.DictReader(file)]
+            known[command] = tables, figures[command].axes, out
+        return known[command]
+    return result
+
+
+@pytest.fixture(scope="module")
+def parts(runs):
+    """What the commands load, for recomputing their rows: (args of `dims`, classifiers, test pair, pair to fit on, probed teacher)."""
+    args = analyze.parse_args(["uniformity", *(str(runs / name / "best.pt") for name in ("at", "dra")), *SMALL, *FLAGS["uniformity"]])
+    models, encoder, test, fit = analyze.load(args)
+    assert [model.name for model in models] == ["at/best", "dra/best"] and args.eps == 8 / 255
+    assert len(test[0]) == 24 and len(fit[0]) == 40 and not torch.equal(test[0], fit[0][:24])
+    return args, models, test, fit, analyze.probed_teacher(args, encoder, fit)[0]
+
+
+@pytest.mark.parametrize("command", FLAGS)
+def test_every_command_writes_finite_tables_and_a_labelled_figure_and_overwrites_nothing(command, results, runs):
+    tables, axes, out = results(command)
+    for table in tables.values():
+        assert all(math.isfinite(value) for row in table for key, value in row.items() if not isinstance(value, str) and command != "curves")
+    for ax in axes:
+        assert ax.get_ylabel() and (ax.get_xlabel() or ax.get_label() == "<colorbar>")
+        assert ax.lines or ax.collections or ax.patches or ax.images
+    picture = analyze.plt.imread(out / f"{command}.png")
+    assert min(picture.shape[:2]) > 300 and not list(out.glob("*.tmp"))
+    before = {path: path.read_bytes() for path in out.iterdir()}
+    for more in ([], ["--names", "A", "B"]):
+        with pytest.raises(InputError, match="is there already"):
+            inputs = [str(runs / name) for name in ("at", "dra")] if command == "curves" else [*(str(runs / name / "best.pt") for name in ("at", "dra")), *SMALL]
+            analyze.main([command, *inputs, *FLAGS[command], *more, "--out", str(out)])
+    assert before == {path: path.read_bytes() for path in out.iterdir()}
+
+
+def test_rows_of_uniformity_and_cknna_are_those_of_their_functions(results, parts):
+    args, models, (images, labels), _, teacher = parts
+    rows = {row["name"]: row for row in results("uniformity")[0]["uniformity"]}
+    likeness = {row["name"]: row for row in results("cknna")[0]["cknna"]}
+    assert list(rows) == ["at/best", "dra/best", "teacher, sigma 0.06"] and list(likeness) == ["at/best", "dra/best"]
+    for model in [*models, teacher]:
+        row, adversarial = rows[model.name], analyze.attack(model, images, labels, args)
+        clean, attacked = [model.features(x).detach() for x in (images, adversarial)]
+        assert row["alignment"] == pytest.approx(alignment(clean, attacked), rel=1e-4) and row["uniformity"] == pytest.approx(uniformity(clean), rel=1e-4)
+        mean = clean.mean(dim=0)
+        assert row["alignment_centred"] == pytest.approx(alignment(clean - mean, attacked - mean), rel=1e-4)
+        assert row["uniformity_centred"] == pytest.approx(uniformity(clean - mean), rel=1e-4) and row["uniformity_centred"] < row["uniformity"]
+        for kind, x in (("clean", images), ("robust", adversarial)):
+            assert row[f"{kind}_accuracy"] == pytest.approx(100 * (model(x).argmax(dim=1) == labels).double().mean().item())
+        if model is not teacher:
+            target = teacher.features(images)
+            assert likeness[model.name]["cknna"] == pytest.approx(cknna(clean, target, 5), rel=1e-3, abs=1e-5) != 1
+            assert likeness[model.name]["cknna_centred"] == pytest.approx(cknna(clean - mean, target - target.mean(dim=0), 5), rel=1e-3, abs=1e-5)
+
+
+def test_spectrum_is_that_of_perturbation_and_gradient_and_differences_are_to_the_first(results, parts):
+    args, models, (images, labels), _, teacher = parts
+    rows = results("spectrum")[0]["spectrum"]
+    profile = {key: [row["amplitude"] for row in rows if (row["name"], row["of"]) == key] for key in dict.fromkeys((row["name"], row["of"]) for row in rows)}
+    assert len(profile) == 8 and len(results("spectrum")[0]["spectrum_map"]) == 8 * 32 * 32
+    for model in [*models, teacher]:
+        for kind, signal in (("perturbation", analyze.attack(model, images, labels, args) - images), ("gradient", analyze.input_gradients(model, images, labels, args))):
+            assert profile[model.name, kind] == pytest.approx(radial_profile(frequency_map(signal)).tolist(), rel=0.02)  # signs of tiny gradients may differ
+            assert profile["dra/best - at/best", kind] == pytest.approx([b - a for a, b in zip(profile["at/best", kind], profile["dra/best", kind])], abs=1e-6)
+
+
+def test_probe_is_scored_on_training_images_that_it_was_not_fitted_to(results, parts):
+    args, models, (images, labels), (fit_images, fit_labels), teacher = parts
+    tables = results("probe")[0]
+    assert [row["sigma"] for row in tables["probe"]] == 5 * [0.1] + 5 * [0.5] and {row["n"] for row in tables["probe"]} == {8} and {row["n_train"] for row in tables["probe"]} == {32}
+    features = pooled_activations(teacher.encoder, ["dec.8x8_in1"], fit_images, 0.5, args)["dec.8x8_in1"]
+    probe = linear_probe(features[8:], fit_labels[8:], 10)
+    assert [row["accuracy"] for row in tables["probe"] if row["sigma"] == 0.5 and row["layer"] == "dec.8x8_in1"] == [100 * (probe(features[:8]).argmax(dim=1) == fit_labels[:8]).double().mean().item()]
+    for model in [*models, teacher]:
+        curve = {row["eps_255"]: row["accuracy"] for row in tables["probe_eps"] if row["name"] == model.name}
+        assert list(curve) == [0, 4, 8] and curve[0] == pytest.approx(100 * (model(images).argmax(dim=1) == labels).double().mean().item())
+        assert curve[8] == pytest.approx(100 * (model(analyze.attack(model, images, labels, args)).argmax(dim=1) == labels).double().mean().item())
+
+
+def test_autoencoder_and_components_are_fitted_to_training_images_and_judged_on_test_images(results, parts):
+    args, models, (images, labels), (fit_images, _), _ = parts
+    for model in models:
+        train, test = [model.features(x).detach() for x in (fit_images, images)]
+        mean, components = principal_components(train)
+        clean, robust = [accuracy_by_rank(model.head, x, labels, mean, components) for x in (test, model.features(analyze.attack(model, images, labels, args)))]
+        (row,) = [row for row in results("dims")[0]["dims"] if row["name"] == model.name]
+        assert (row["cls_95"], row["cls_99"], row["robust"]) == (classification_dimension(clean, 0.95), classification_dimension(clean, 0.99), robust_dimension(robust))
+        curve = [row for row in results("dims")[0]["dims_accuracy"] if row["name"] == model.name]
+        assert [row["clean_accuracy"] for row in curve] == pytest.approx(clean.tolist()) and [row["robust_accuracy"] for row in curve] == pytest.approx(robust.tolist())
+        scale = (train - train.mean(dim=0)).square().mean().sqrt()
+        sae = train_sae((train - train.mean(dim=0)) / scale, 8 * train.shape[1], 2, 5, seed=0)
+        row = [row for row in results("sae")[0]["sae"] if row["name"] == model.name][0]
+        assert row["k"] == 2 and 0 <= row["dead_latents"] < 1
+        for column, x in (("normalised_loss", test), ("normalised_loss_train", train)):
+            x = (x - train.mean(dim=0)) / scale
+            assert row[column] == pytest.approx(normalised_loss(sae(x), x), rel=1e-3)
+
+
+def test_curves_repeat_the_logs_and_leave_out_what_a_run_without_alignment_has_not(results):
+    rows = results("curves")[0]["curves"]
+    assert [(row["name"], row["step"], row["loss"]) for row in rows] == [("at", 17, 0.9), ("at", 34, 0.5), ("dra", 17, 0.9), ("dra", 34, 0.5)]
+    assert [row["cosine"] for row in rows[2:]] == [0.9, 0.9] and all(math.isnan(row["cosine"]) for row in rows[:2])
+
+
+def test_an_interrupted_command_starts_again_and_gives_what_an_undisturbed_one_gives(runs, tmp_path, monkeypatch, results):
+    """Not with other settings, though. And the tables are a function of the seed."""
+    command = ["dims", *(str(runs / name / "best.pt") for name in ("at", "dra")), *SMALL, *FLAGS["dims"], "--out", str(tmp_path)]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(analyze, "save_figure", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        analyze.main(command)
+    assert (tmp_path / "dims.csv").exists() and not (tmp_path / "dims.png").exists()
     with pytest.raises(InputError, match="is there already"):
-        analyze.main([command, *inputs, *flags, "--out", str(tmp_path / "out")])
-    assert before == {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+        analyze.main([*command, "--seed", "1"])
+    analyze.main(command)
+    for name in ("dims.csv", "dims_accuracy.csv"):
+        assert (tmp_path / name).read_text() == (results("dims")[2] / name).read_text()
 
 
-def plt_read(path):
-    import matplotlib.pyplot as plt
-    return plt.imread(path)
+def test_checkpoints_that_are_judged_on_other_images_are_not_compared(runs, tmp_path):
+    saved = torch.load(runs / "dra" / "best.pt", weights_only=True)
+    for change in ({"seed": 1}, {"smoke": False}):
+        torch.save(saved | {"args": saved["args"] | change}, tmp_path / "other.pt")
+        with pytest.raises(InputError, match="other.pt: was trained on another"):
+            analyze.load(analyze.parse_args(["dims", str(runs / "at" / "best.pt"), str(tmp_path / "other.pt"), *SMALL]))
 
 
-def test_tables_are_a_function_of_the_seed(runs, tmp_path):
-    """Images, attack, noise and minibatches: the same command gives the same numbers, another seed others."""
-    for seed, out in ((0, "a"), (0, "b"), (1, "c")):
-        analyze.main(["uniformity", str(runs / "dra" / "best.pt"), *SMALL, *COMMANDS["uniformity"][0], "--seed", str(seed), "--out", str(tmp_path / out)])
-    first, again, other = [(tmp_path / out / "uniformity.csv").read_text() for out in "abc"]
-    assert first == again != other
+def test_imagenet_images_to_judge_and_to_fit_on_are_a_random_split_of_the_list(monkeypatch):
+    args = analyze.parse_args(["sae", "some.pt", "--n", "10", "--seed", "5"])
+    args.info = SimpleNamespace(dataset="imagenet")
+    monkeypatch.setattr(analyze, "load_images", lambda request, info, split: (torch.arange(40.0), torch.arange(40)) if request.n is None and split == "test" else None)
+    (images, labels), (fit, fit_labels) = analyze.load_data(args)
+    assert len(images) == 10 and len(fit) == 30 and sorted([*labels.tolist(), *fit_labels.tolist()]) == list(range(40)) and labels.tolist() != list(range(10))
+    assert torch.equal(images, labels.float()) and torch.equal(fit, fit_labels.float()) and torch.equal(labels, analyze.load_data(args)[0][1])
+    args.n = 35
+    with pytest.raises(InputError, match="--n 35: 40 images are listed"):
+        analyze.load_data(args)
 
 
-def test_attack_stays_within_eps_and_a_larger_eps_costs_accuracy(runs):
-    args = analyze.parse_args(["dims", str(runs / "at" / "best.pt"), *SMALL, "--steps", "5"])
-    (model,) = analyze.load_models(args)
-    (images, labels), (fit, _) = analyze.load_data(args)
-    assert len(images) == 24 and args.eps == 8 / 255 and not torch.equal(images, fit[:24])
+def test_attack_stays_within_eps_and_a_larger_eps_costs_accuracy(parts):
+    args, (model, _), (images, labels), _, _ = parts
     losses = []
     for eps in (2 / 255, 32 / 255):
         adversarial = analyze.attack(model, images, labels, args, eps)
@@ -296,10 +405,8 @@ def test_attack_stays_within_eps_and_a_larger_eps_costs_accuracy(runs):
     assert F.cross_entropy(model(images), labels) < losses[0] < losses[1]
 
 
-def test_input_gradients_are_those_of_each_image_alone(runs):
-    args = analyze.parse_args(["spectrum", str(runs / "at" / "best.pt"), *SMALL])
-    (model,) = analyze.load_models(args)
-    (images, labels), _ = analyze.load_data(args)
+def test_input_gradients_are_those_of_each_image_alone(parts):
+    args, (model, _), (images, labels), _, _ = parts
     x = images[3:4].clone().requires_grad_()
     F.cross_entropy(model(x), labels[3:4]).backward()
     torch.testing.assert_close(analyze.input_gradients(model, images, labels, args)[3:4], x.grad, rtol=1e-3, atol=1e-7)
