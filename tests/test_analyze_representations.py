@@ -128,6 +128,11 @@ def test_linear_probe_separates_what_is_separable_in_any_scale():
         assert (logits.argmax(dim=1) == labels).float().mean() > 0.97 and not probe.weight.requires_grad
         predictions.append(logits.softmax(dim=1))
     torch.testing.assert_close(*predictions, atol=0.01, rtol=0)
+    weight, bias = (probe.weight * (features * scale + shift).std(dim=0)).requires_grad_(), torch.zeros(3, requires_grad=True)
+    standard = (features * scale + shift - (features * scale + shift).mean(dim=0)) / (features * scale + shift).std(dim=0)
+    loss = F.cross_entropy(standard @ weight.T + probe.bias + probe.weight @ (features * scale + shift).mean(dim=0) + bias, labels)
+    (loss + analyze.PROBE_DECAY / 2 * weight.square().sum()).backward()
+    assert weight.grad.abs().max() < 1e-3 and bias.grad.abs().max() < 1e-3, "the minimum of the objective that the docstring states"
     noise = linear_probe(normal(300, 5, seed=1), labels, 3)
     assert (noise(normal(300, 5, seed=2)).argmax(dim=1) == labels).float().mean() < 0.5, "chance is a third"
 
