@@ -40,7 +40,6 @@ from eval_autoattack import BENCHMARKS, InputError, fraction, load_classifier, l
 from train_cifar import HOLDOUT, generator, number, pgd
 
 plt.switch_backend("agg")  # files only: works without a display
-plt.rcParams["text.parse_math"] = False  # a name with a $ in it is a name
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Settings. "chosen": by us; the paper's text leaves them open.
@@ -129,6 +128,8 @@ def parse_args(argv=None):
                                 for path in paths]
     if len(set(args.names)) < len(args.names):
         raise InputError(f"--names {' '.join(args.names)}: expected a different name for each, to tell them apart")
+    if any("$" in name for name in args.names):
+        raise InputError(f"--names {' '.join(args.names)}: expected names without $, which begins a formula in figures")
     return args
 
 
