@@ -636,7 +636,7 @@ def draw_spectrum(args, maps, differences):
         for i, (name, map_) in enumerate(mine.items()):
             row[-1].plot(radial_profile(map_).numpy(), ("-", "--", ":", "-.")[i % 4], label=name)
         row[-1].set(title=f"mean over directions\n{kind}", yscale="log", xlabel="frequency [waves per image]", ylabel=f"amplitude [{measure}]")
-        row[-1].legend()
+        row[-1].legend(fontsize=7)
     save_figure(args, figure)
 
 
