@@ -122,15 +122,21 @@ def parse_args(argv=None):
         args.n_train = 0  # only its probe is fitted
     for name in {"ks", "sigmas"} & vars(args).keys():
         setattr(args, name, sorted(set(getattr(args, name))))
+    args.names = choose_names(args, paths)
+    return args
+
+
+def choose_names(args, paths):
+    """A different name for each path: --names, else folder/file of a checkpoint, or the folder of a run. Raises InputError where they do not fit."""
     if args.names and len(args.names) != len(paths):
         raise InputError(f"--names: gives {len(args.names)} names, expected {len(paths)}")
-    args.names = args.names or [f"{Path(path).resolve().parent.name}/{Path(path).stem}" if args.command != "curves" else Path(path.removesuffix("log.csv")).resolve().name
-                                for path in paths]
-    if len(set(args.names)) < len(args.names):
-        raise InputError(f"--names {' '.join(args.names)}: expected a different name for each, to tell them apart")
-    if any("$" in name for name in args.names):
-        raise InputError(f"--names {' '.join(args.names)}: expected names without $, which begins a formula in figures")
-    return args
+    resolved = [Path(path.removesuffix("log.csv")).resolve() for path in paths]
+    names = args.names or [path.name if args.command == "curves" else f"{path.parent.name}/{path.stem}" for path in resolved]
+    if len(set(names)) < len(names):
+        raise InputError(f"--names {' '.join(names)}: expected a different name for each, to tell them apart")
+    if any("$" in name for name in names):
+        raise InputError(f"--names {' '.join(names)}: expected names without $, which begins a formula in figures")
+    return names
 
 
 # ---------------------------------------------------------------------------------------------------------------------
