@@ -630,7 +630,7 @@ def draw_spectrum(args, maps, differences):
     for row, kind, measure in zip(axes, ("perturbation", "gradient"), ("pixel value, 0 to 1", "loss per pixel value")):
         mine = {name: map_ for (name, of), map_ in maps.items() if of == kind}
         compared = {name: map_ for (name, of), map_ in differences.items() if of == kind}
-        top = max(map_.max().item() for map_ in mine.values())
+        top = max(map_.max().item() for map_ in mine.values()) or 1e-30  # no gradient at all
         low = max(top / 1e3, min(map_.min().item() for map_ in mine.values()))
         bound = max((map_.abs().max().item() for map_ in compared.values()), default=1)
         for ax, (name, map_) in zip(row, (mine | compared).items()):
@@ -649,8 +649,8 @@ def draw_spectrum(args, maps, differences):
 def run_probe(args):
     """Which noise level and block carry the class (how to choose --teacher-sigma and --teacher-layer), and, Fig. 3b, accuracy against eps.
 
-    The grid is scored on training images that the probe was not fitted to (the first 1,024, as in train_cifar.py), since what is chosen by it
-    will be judged on test images; each image has its own noise there. Against eps it is one fixed noise image, see `ProbedTeacher`.
+    The grid is scored on training images that the probe was not fitted to (the first 1,024, as in train_cifar.py, but at most a fifth),
+    since what is chosen by it will be judged on test images; each image has its own noise there. Against eps it is one fixed noise image, see `ProbedTeacher`.
     """
     models, encoder, (images, labels), (fit_images, fit_labels) = load(args)
     layers, held, rows = choose_layers(encoder, args.layers), min(HOLDOUT, len(fit_labels) // 5), []

@@ -206,7 +206,8 @@ def build_model(arch, num_classes, pretrained, image_size=None):
     """A classifier for images [B, 3, H, W] in [0, 1]; what is not pretrained is drawn from torch's global generator.
 
     arch: a timm model's name, such as "vit_base_patch16_dinov3.lvd1689m"; pretrained: with timm's weights, downloaded on first
-    use; image_size: only images of that size will come, which makes DINOv3's ViTs faster and changes no result. Pooled by the mean over patches or positions (chosen; said explicitly, since timm's default differs between models).
+    use; image_size: only images of that size will come, which makes DINOv3's ViTs faster and changes no result. Pooled by the mean
+    over patches or positions (chosen; said explicitly, since timm's default differs between models).
     Raises InputError for an unknown name, weights that cannot be had, or a model with batch norm, dropout or stochastic depth.
     """
     if ":" in arch:  # "hf-hub:..." would have timm ask any repository, named by a checkpoint even
