@@ -37,7 +37,7 @@ from tqdm import tqdm
 
 from edm_encoder import load_edm_encoder
 from eval_autoattack import BENCHMARKS, InputError, fraction, load_classifier, load_images
-from train_cifar import HOLDOUT, generator, number, pgd
+from train_cifar import HOLDOUT, generator, number, one_line, pgd
 
 plt.switch_backend("agg")  # files only: works without a display
 
@@ -161,7 +161,7 @@ def uniformity(features):
 
 
 def unit(features):
-    """Rows scaled to length 1, in float64: differences of nearly equal rows are what counts."""
+    """Rows of [N, D] scaled to length 1, in float64: differences of nearly equal rows are what counts."""
     return F.normalize(features.double(), dim=1)
 
 
@@ -196,7 +196,7 @@ def unbiased_hsic(K, L):
 def frequency_map(signals):
     """Mean amplitude per spatial frequency: [N, C, H, W] -> float64 [H, W], frequency 0 in the middle (at H // 2, W // 2).
 
-    |FFT| with the orthonormal scaling, in the signal's unit, averaged over images and channels. White noise of standard deviation s is flat at 0.89 s
+    |FFT| with the orthonormal scaling (chosen), in the signal's unit, averaged over images and channels (section 4.1, Fig. 3a and 10). White noise of standard deviation s is flat at 0.89 s
     (but for the few frequencies whose coefficient is real, 0.80 s).
     """
     total = sum(torch.fft.fft2(piece.double(), norm="ortho").abs().mean(dim=1).sum(dim=0) for piece in signals.split(100))
@@ -282,7 +282,10 @@ def normalised_loss(reconstruction, features):
 
 
 def principal_components(features):
-    """PCA of features [N, D]: their mean [D] and the components [D, D], as columns, by falling variance. In float64."""
+    """PCA of features [N, D] (section 5.5, after Feng et al. 2022): their mean [D] and the components [D, D], in float64.
+
+    Components are the columns, by falling variance: eigenvectors of the sum over images of (f - mean) (f - mean)'.
+    """
     mean = features.double().mean(dim=0)
     centred = features.double() - mean
     return mean, torch.linalg.eigh(centred.T @ centred).eigenvectors.flip(1)
@@ -483,17 +486,22 @@ def claim(args):
     if there and not interrupted:
         raise InputError(f"--out {out}: {there[0]} is there already, of a finished run or one with other settings; nothing is overwritten, choose another folder")
     out.mkdir(parents=True, exist_ok=True)
-    write(out / names[0], text)
+    write(out / names[0], text.encode())
     if args.command != "curves":
         attacked = f", {attack_name(args)}" if args.command in ATTACKING else ""
         print(f"{args.command}: {args.info.dataset}, {args.weights} weights, {args.n} test images, seed {args.seed}{attacked}", flush=True)
 
 
-def write(path, text):
-    """Under another name first, then renamed: never half a file."""
+def write(path, content):
+    """Bytes to a file, under another name first, then renamed: never half a file. Raises OSError, one line that names it, where the disk is full."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise OSError(f"{path}: cannot be written ({one_line(error)})") from None
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_csv(args, name, rows):
@@ -502,7 +510,7 @@ def write_csv(args, name, rows):
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows({key: f"{value:.8g}" if isinstance(value, float) else value for key, value in row.items()} for row in rows)
-    write(Path(args.out) / name, text.getvalue())
+    write(Path(args.out) / name, text.getvalue().encode())
 
 
 def new_figure(rows, columns, width=4.6, height=3.6):
@@ -512,11 +520,10 @@ def new_figure(rows, columns, width=4.6, height=3.6):
 
 def save_figure(args, figure):
     """Figure -> --out/COMMAND.png, the last of a command's outputs, and say what was written."""
-    path = Path(args.out) / OUTPUTS[args.command][-1]
-    temporary = path.with_name(path.name + ".tmp")
-    figure.savefig(temporary, format="png", dpi=100)
+    path, picture = Path(args.out) / OUTPUTS[args.command][-1], io.BytesIO()
+    figure.savefig(picture, format="png", dpi=100)
     plt.close(figure)
-    os.replace(temporary, path)
+    write(path, picture.getvalue())
     print(f"wrote {', '.join(str(path.with_name(name)) for name in OUTPUTS[args.command])}")
 
 
@@ -555,8 +562,8 @@ def run_uniformity(args):
         mean = clean.mean(dim=0)
         rows.append({"name": model.name, "n": args.n, "alignment": alignment(clean, adversarial), "uniformity": uniformity(clean),
                      "alignment_centred": alignment(clean - mean, adversarial - mean), "uniformity_centred": uniformity(clean - mean)} | accuracies)
-        show(rows[-1])
         write_csv(args, "uniformity.csv", rows)
+        show(rows[-1])
 
     figure, (axes,) = new_figure(1, 3)
     for ax, suffix in ((axes[0], ""), (axes[1], "_centred")):
@@ -588,8 +595,8 @@ def run_cknna(args):
         clean, _, accuracies = compare(args, model, images, labels)
         centred = cknna(clean - clean.mean(dim=0), target - target.mean(dim=0), args.k)
         rows.append({"name": model.name, "n": args.n, "k": args.k, "cknna": cknna(clean, target, args.k), "cknna_centred": centred} | accuracies)
-        show(rows[-1])
         write_csv(args, "cknna.csv", rows)
+        show(rows[-1])
 
     figure, (axes,) = new_figure(1, 2)
     for ax, kind, what in ((axes[0], "robust", attack_name(args)), (axes[1], "clean", "clean images")):
@@ -661,8 +668,8 @@ def run_probe(args):
             probe = linear_probe(features[layer][held:], fit_labels[held:].to(args.device), args.info.num_classes)
             rows.append({"sigma": sigma, "layer": layer, "width": probe.in_features, "n_train": len(fit_labels) - held, "n": held,
                          "accuracy": accuracy(probe, features[layer][:held], fit_labels[:held])})
-            show(rows[-1])
             write_csv(args, "probe.csv", rows)
+            show(rows[-1])
 
     curves = []
     for model in models + probed_teacher(args, encoder, (fit_images, fit_labels)):
@@ -670,8 +677,8 @@ def run_probe(args):
             adversarial = attack(model, images, labels, args, float(eps)) if eps else images
             correct = accuracy(model.head, features_of(model, adversarial, args), labels)
             curves.append({"name": model.name, "n": args.n, "eps_255": float(255 * eps), "accuracy": correct})
-            show(curves[-1])
             write_csv(args, "probe_eps.csv", curves)
+            show(curves[-1])
 
     figure, (axes,) = new_figure(1, 2, 5)
     for layer in layers:
@@ -737,8 +744,8 @@ def run_sae(args):
             fitted = normalised_loss(torch.cat([sae(part) for part in train.split(SAE_BATCH)]), train)
             rows.append({"name": model.name, "k": k, "latents": latents, "n_train": args.n_train, "n": args.n, "normalised_loss": normalised_loss(sae(test), test),
                          "normalised_loss_train": fitted, "dead_latents": dead.double().mean().item()})
-            show(rows[-1])
             write_csv(args, "sae.csv", rows)
+            show(rows[-1])
 
     figure, ((ax,),) = new_figure(1, 1, 5.5, 4)
     for i, name in enumerate(args.names):
@@ -769,10 +776,10 @@ def run_dims(args):
         rows.append({"name": model.name, "n_train": args.n_train, "n": args.n, "features": len(mean),
                      "cls_95": classification_dimension(clean, 0.95), "cls_99": classification_dimension(clean, 0.99), "robust": robust_dimension(robust),
                      "clean_accuracy": clean[-1].item(), "robust_accuracy": robust[-1].item(), "best_robust_accuracy": robust.max().item()})
-        show(rows[-1])
         curves += [{"name": model.name, "components": k, "clean_accuracy": clean[k].item(), "robust_accuracy": robust[k].item()} for k in range(len(clean))]
         write_csv(args, "dims.csv", rows)
         write_csv(args, "dims_accuracy.csv", curves)
+        show(rows[-1])
 
     figure, (axes,) = new_figure(1, 2, 5)
     for ax, kind, marks in ((axes[0], "clean", ("cls_95", "cls_99")), (axes[1], "robust", ("robust",))):
@@ -841,7 +848,7 @@ if __name__ == "__main__":
         print(f"error: {problem}", file=sys.stderr)
         sys.exit(2)
     except torch.OutOfMemoryError as problem:
-        print(f"error: {str(problem).splitlines()[0]} Use a smaller --batch-size or --n.", file=sys.stderr)
+        print(f"error: {one_line(problem)} Use a smaller --batch-size or --n.", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -214,7 +214,8 @@ def build_model(arch, num_classes, pretrained, image_size=None):
         raise InputError(f"--arch {arch}: expected the name of a model of timm's own")
     size = {}
     if image_size and image_size % 16 == 0 and arch.startswith("vit_") and "_patch16_dinov3" in arch:
-        # Otherwise timm computes the rotary embedding's grid on the CPU in each forward, and a GPU waits for it.
+        # Otherwise timm computes the rotary embedding's grid on the CPU in each forward, and a GPU waits for it. (A size that 16 does not
+        # divide is left to the first forward, which refuses it.)
         size = {"img_size": image_size, "dynamic_img_size": False}
     try:
         backbone = timm.create_model(arch, pretrained=pretrained, num_classes=num_classes, global_pool="avg", **size)

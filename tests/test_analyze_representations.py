@@ -380,6 +380,17 @@ def test_an_interrupted_command_starts_again_and_gives_what_an_undisturbed_one_g
         assert (tmp_path / name).read_text() == (results("dims")[2] / name).read_text()
 
 
+def test_a_full_disk_is_one_line_that_names_the_file_and_leaves_what_was_there(tmp_path, monkeypatch):
+    def full(self, content):
+        self.touch()
+        raise OSError(28, "No space left on device")
+    (tmp_path / "dims.csv").write_text("before")
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match=r"dims.csv: cannot be written \(.*No space left on device\)$"):
+        analyze.write(tmp_path / "dims.csv", b"after")
+    assert [path.name for path in tmp_path.iterdir()] == ["dims.csv"] and (tmp_path / "dims.csv").read_text() == "before"
+
+
 def test_checkpoints_that_are_judged_on_other_images_are_not_compared(runs, tmp_path):
     saved = torch.load(runs / "dra" / "best.pt", weights_only=True)
     for change in ({"seed": 1}, {"smoke": False}):
