@@ -69,9 +69,9 @@ OPTIMIZERS = {  # learning rate and weight decay. SGD: inherited; Lion: decay st
     "sgd": SimpleNamespace(lr=0.2, weight_decay=5e-4),
     "lion": SimpleNamespace(lr=1e-4, weight_decay=0.5),
 }
-SGD_MOMENTUM = 0.9  # Nesterov (inherited)
+SGD_MOMENTUM = 0.9  # Nesterov, until the schedule sets it, see `one_cycle` (inherited)
 LION_BETAS = (0.9, 0.99)  # Lion's own paper, arXiv 2302.06675
-WARMUP = 0.025  # share of all steps with a rising learning rate; weight averaging starts where it ends (inherited)
+WARMUP = 0.025  # share of all epochs with a rising learning rate, and of all steps before weight averaging starts (inherited)
 BATCHNORM_MOMENTUM = 0.01  # share of the new batch in the running statistics; 1.0 in the very first step (inherited)
 CROP_PADDING = 4  # pixels of black border for the random crop (inherited)
 HOLDOUT = 1024  # the first training images, kept out of training to pick best.pt (inherited); at most a tenth of the data
@@ -131,7 +131,7 @@ def parse_args(argv=None):
     add("--beta", type=number(at_least=0, below=1e6), default=5.0, help="weight of TRADES' KL term (inherited)")
     add("--eps", type=share, default="8/255", help="largest change of a pixel in [0,1] (inherited)")
     add("--step-size", type=positive, default="2/255", help="of the attack (inherited)")
-    add("--attack-steps", type=count, default=10, help="PGD steps in training (stated)")
+    add("--attack-steps", type=number(int, at_least=0, below=1e9), default=10, help="PGD steps in training (stated); 0 trains on clean images, with --beta 0 by cross-entropy alone")
     # Diffusion representation alignment
     add("--dra-weight", type=number(at_least=0, below=1e6), default=1.0, help="lambda in eq. (4); 0 is plain adversarial training and needs no teacher (chosen)")
     add("--teacher", help="EDM .pkl, path or URL (stated: the EDM model that drew the synthetic images, downloaded if not given)")
@@ -143,9 +143,9 @@ def parse_args(argv=None):
     add("--out", default="runs/cifar", help="folder for last.pt, best.pt and log.csv")
     add("--seed", type=number(int, at_least=0, below=2**63), default=0, help="of every random draw")
     add("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu", help="where to run")
-    add("--no-amp", action="store_true", help="float32 throughout (default on CUDA: the backbone in bfloat16)")
+    add("--no-amp", action="store_true", help="float32 throughout, without TF32 (default on CUDA: backbone and teacher in bfloat16)")
     add("--no-compile", action="store_true", help="no torch.compile (default on CUDA: compiled)")
-    add("--eval-every", type=positive, default=5, help="epochs between evaluations of the averaged model on the held-out images")
+    add("--eval-every", type=positive, default=1, help="epochs between evaluations of the averaged model on the held-out images (inherited)")
     add("--save-every", type=positive, default=1, help="epochs between checkpoints")
     add("--benchmark", type=count, nargs="?", const=20, metavar="STEPS", help="time that many steps (20 if not given), print one line of JSON and stop; draws images and a teacher of full size where none are given")
     add("--peak-tflops", type=positive, help="the device's peak rate, for --benchmark to compare with")
@@ -219,7 +219,8 @@ class Classifier(nn.Module):
 
 
 class WideResNet(Classifier):
-    """WRN-depth-width with SiLU (swish), as in DM-AT; PyTorch's default initialisation, as there."""
+    """WRN-depth-width with SiLU (swish), as in DM-AT, and with its initialisation: convolutions N(0, 2 / (k^2 out_channels)), which is 2.4
+    times wider than torch's default for 3x3 layers of equal width, and no bias in front of the softmax at first."""
 
     def __init__(self, depth, width, num_classes):
         super().__init__()
@@ -232,6 +233,10 @@ class WideResNet(Classifier):
             self.layer[group].block = nn.Sequential(*blocks)
         self.batchnorm = nn.BatchNorm2d(channels[3], momentum=BATCHNORM_MOMENTUM)
         self.logits = nn.Linear(channels[3], num_classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        nn.init.zeros_(self.logits.bias)
 
     def penultimate(self, x):
         """[B, 3, 32, 32] normalised -> [B, 64 * width], the mean over the last 8 x 8 positions."""
@@ -329,16 +334,19 @@ def kl_divergence(clean_logits, adv_logits, reduction):
     return F.kl_div(adv_log_p, clean_log_p, reduction=reduction, log_target=True)
 
 
-def trades_attack(model, images, start, eps, step_size, steps):
+def trades_attack(model, images, start, eps, step_size, steps, clean_logits=None):
     """The adversary of TRADES as in DM-AT: x' within eps of x that maximises KL(p(x) || p(x')), p(x) held fixed.
 
     images [B, 3, H, W] in [0, 1]; start: the first x', same shape, U(-eps, eps) around images and clamped to [0, 1]. A model
     in training mode is attacked with BATCH statistics, not the running ones, which stay as they are (DM-AT; TRADES' own
-    code differs in both, and in its start). Returns x' [B, 3, H, W] in [0, 1], detached.
+    code differs in both, and in its start). clean_logits [B, classes]: the model's on `images`, where a training forward has just
+    computed them with the same weights and batch statistics; else they are computed here. Returns x' [B, 3, H, W] in [0, 1], detached.
     """
     with attack_mode(model):
-        with torch.no_grad():
-            clean_logits = model(images)
+        if clean_logits is None:
+            with torch.no_grad():
+                clean_logits = model(images)
+        clean_logits = clean_logits.detach()
         return pgd(lambda adv: kl_divergence(clean_logits, model(adv), "sum"), images, start, eps, step_size, steps)
 
 
@@ -389,10 +397,11 @@ class Lion(torch.optim.Optimizer):
 
 
 def build_optimizer(args, *modules):
-    """SGD or Lion over all parameters of `modules`, without weight decay on normalisation layers (inherited)."""
-    norms = [m for module in modules for m in module.modules() if isinstance(m, (nn.BatchNorm2d, nn.LayerNorm))]
-    undecayed = {id(p) for norm in norms for p in norm.parameters()}
+    """SGD or Lion over all parameters of `modules`. Without weight decay: for SGD batch norm alone (inherited; biases of linear layers
+    decay), for Lion all vectors, so biases and layer norms (chosen)."""
     parameters = [p for module in modules for p in module.parameters()]
+    norms = [m for module in modules for m in module.modules() if isinstance(m, nn.BatchNorm2d)]
+    undecayed = {id(p) for p in parameters if p.ndim <= 1} if args.optimizer == "lion" else {id(p) for norm in norms for p in norm.parameters()}
     groups = [{"params": [p for p in parameters if id(p) not in undecayed]},
               {"params": [p for p in parameters if id(p) in undecayed], "weight_decay": 0.0}]
     if args.optimizer == "lion":
@@ -400,12 +409,20 @@ def build_optimizer(args, *modules):
     return torch.optim.SGD(groups, lr=args.lr, momentum=SGD_MOMENTUM, nesterov=True, weight_decay=args.weight_decay)
 
 
-def learning_rate(step, total_steps, peak):
-    """Linear rise over the first 2.5 % of the steps, then half a cosine down to 0. step counts from 0."""
-    warmup = int(WARMUP * total_steps)
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total_steps - warmup)))
+def one_cycle(position, total, peak):
+    """(learning rate, momentum) at position 0 ... total - 1: torch's OneCycleLR(max_lr=peak, pct_start=0.025, total_steps=total).
+
+    Two halves of a cosine: the rate rises from peak / 25 to the peak and falls to peak / 250,000, while the momentum goes from 0.95 to
+    0.85 and back. The rise ends at WARMUP * total - 1. Where that is not above 0 (up to 40 positions) there is none, and the run begins
+    in the fall, as with torch (which divides by zero where it is exactly 0).
+    """
+    rise_end = WARMUP * total - 1
+    cosine = lambda start, end, share: end + (start - end) / 2 * (1 + math.cos(math.pi * share))
+    if rise_end > 0 and position <= rise_end:
+        share = position / rise_end
+        return cosine(peak / 25, peak, share), cosine(0.95, 0.85, share)
+    share = (position - rise_end) / (total - 1 - rise_end)
+    return cosine(peak, peak / 25 / 1e4, share), cosine(0.85, 0.95, share)
 
 
 def averaging_decay(step, warmup_steps, tau):
@@ -446,7 +463,7 @@ def all_reduce(tensor, operation=dist.ReduceOp.SUM):
 
 
 def average_gradients(parameters):
-    """Mean gradient over all processes. By hand rather than by DistributedDataParallel: a step costs 27 forward passes, so there is
+    """Mean gradient over all processes. By hand rather than by DistributedDataParallel: a step costs 26 forward passes, so there is
     little to gain from overlapping, and the two training-mode forwards of one step would trip over its buffer broadcasts."""
     if not dist.is_initialized():
         return
@@ -476,11 +493,14 @@ def train_step(model, averaged, projectors, teacher, optimizer, batch, decay, ar
     images, labels = batch.images, batch.labels
     model.train()  # batch statistics in the attack and in both forwards below
 
-    # The inner maximisation of eq. (1), by the PGD of eq. (2): x' starts at U(-eps, eps) around x.
-    adv = trades_attack(model, images, batch.start, args.eps, args.step_size, args.attack_steps)
-
-    # L_TRADES. Two forwards, clean and adversarial, each with its own batch statistics; both update the running ones.
+    # The clean forward comes first and serves twice: its logits are p(x) in the attack, held fixed there, and p(x) in L_TRADES.
     clean_logits = model(images)
+
+    # The attack, by the PGD of eq. (2), on TRADES' KL where eq. (1) has the cross-entropy: x' starts at U(-eps, eps) around x.
+    attacking = args.eps > 0 and args.attack_steps > 0  # else x' = x, plain training
+    adv = trades_attack(model, images, batch.start, args.eps, args.step_size, args.attack_steps, clean_logits) if attacking else images
+
+    # L_TRADES. Clean and adversarial forward have each its own batch statistics; both update the running ones.
     adv_features = model.features(adv)  # enc(x'), [B, D]
     adv_logits = model.head(adv_features)
     trades = trades_loss(clean_logits, adv_logits, labels, args.beta, args.label_smoothing)
@@ -589,6 +609,8 @@ def open_npz(path, classes):
         raise InputError(f"{path}: 'label' is {labels.dtype} {list(labels.shape)}, expected integers [{len(images)}], at least one")
     if labels.min() < 0 or labels.max() >= classes:
         raise InputError(f"{path}: labels run from {labels.min()} to {labels.max()}, expected 0 to {classes - 1}")
+    if classes == 100 and labels.max() < 10:  # DM-AT's files for both data sets have the same name
+        raise InputError(f"{path}: labels run from {labels.min()} to {labels.max()}, expected up to 99: these are CIFAR-10's")
     return Images(images, labels, mapping)
 
 
@@ -649,7 +671,7 @@ class Data:
 
         if synthetic and args.synthetic_fraction is None:
             args.synthetic_fraction = 0.7 if self.n_synthetic_images <= 1_000_000 else 0.8
-        self.n_real = int(args.batch_size * (1 - (args.synthetic_fraction or 0)))  # per batch; the others are synthetic
+        self.n_real = args.batch_size - int(args.batch_size * (args.synthetic_fraction or 0))  # per batch; the others are synthetic
         if not 1 <= self.n_real <= self.n_real_images:
             raise InputError(f"--batch-size {args.batch_size}: has {self.n_real} real images, expected 1 to {self.n_real_images}, all there are")
         if args.batch_size % world:
@@ -749,16 +771,17 @@ def crop_and_flip(images, corner, flip):
 
 
 def margin_loss(logits, labels):
-    """Best wrong logit minus the right one, summed over the batch (Carlini & Wagner 2017): logits [B, classes], labels [B]."""
+    """Best wrong logit minus the right one (Carlini & Wagner 2017), at most 0, summed over the batch: logits [B, classes], labels [B].
+    Hinged as in DM-AT: an image that is already misclassified adds no gradient and stays where it is."""
     right = logits.gather(1, labels[:, None]).squeeze(1)
     wrong = logits.scatter(1, labels[:, None], -torch.inf).amax(dim=1)
-    return (wrong - right).sum()
+    return (wrong - right).clamp(max=0).sum()
 
 
 def evaluate(model, source, loss, steps, args, limit=None):
     """Clean and robust accuracy in percent, the latter under `steps` PGD steps on `loss`, from one random start (by seed).
 
-    model: in evaluation mode, frozen, float32. source: Images on the device, of which the first `limit` count.
+    model: in evaluation mode, frozen. source: Images on the device, of which the first `limit` count.
     """
     clean, robust, count = 0, 0, min(len(source), limit or len(source))
     for index in torch.arange(count).split(256):
@@ -920,6 +943,8 @@ def print_plan(args, data, model, projectors, teacher, total_steps):
     """What is about to run, in a few lines."""
     count = lambda module: f"{sum(p.numel() for p in module.parameters()) / 1e6:.2f}M parameters"
     memory = sum(part.images.nbytes for part in (data.parts[0], data.holdout, data.test)) / 2**20
+    epochs = math.ceil(total_steps / data.steps_per_epoch)
+    rates = [one_cycle(epoch, epochs, args.lr)[0] for epoch in range(epochs)]
     plan = [("model", f"{args.arch}, {DATASETS[args.dataset].classes} classes, {count(model)}; bfloat16 {'on' if args.amp else 'off'}"),
             ("data", f"{args.dataset}: {data.n_real_images:,} real images to train on, {len(data.holdout):,} held out, "
                      f"{len(data.test):,} for tests; {memory:.0f} MiB on {data.device}")]
@@ -930,7 +955,7 @@ def print_plan(args, data, model, projectors, teacher, total_steps):
              ("steps", f"{total_steps:,} = {total_steps / data.steps_per_epoch:g} epochs of {data.steps_per_epoch:,} steps "
                        f"({data.steps_per_epoch * args.batch_size:,} images)"),
              ("attack", f"TRADES, beta {args.beta:g}, eps {args.eps * 255:g}/255, {args.attack_steps} steps of {args.step_size * 255:g}/255"),
-             ("optimizer", f"{args.optimizer}, learning rate {args.lr:g}, weight decay {args.weight_decay:g}, averaging {args.ema_decay:g}")]
+             ("optimizer", f"{args.optimizer}, learning rate {rates[0]:g} in the first epoch, {max(rates):g} at most, weight decay {args.weight_decay:g}, averaging {args.ema_decay:g}")]
     if teacher is None:
         plan += [("alignment", "none: plain adversarial training")]
     else:
@@ -951,8 +976,8 @@ def build_run(args, device, teacher):
     projectors = nn.ModuleList(build_projector(feature_width, teacher.width) for _ in range(1 + args.extra_sigma) if teacher)
     model.to(device, memory_format=torch.channels_last)  # the faster layout for convolutions, on GPUs and CPUs
     projectors.to(device)
+    model.amp = args.amp
     averaged = copy.deepcopy(model).requires_grad_(False).eval()  # a copy: it shares no storage with the live model
-    model.amp = args.amp  # the average stays float32: it is only ever evaluated
     return model, averaged, projectors, build_optimizer(args, model, projectors)
 
 
@@ -985,9 +1010,10 @@ def train(args, data, teacher, run, out, total_steps, signals=()):
         set_batchnorm_momentum(model, 1.0 if step == 0 else BATCHNORM_MOMENTUM)
         if step == max(1, first_step):  # step 0 has a momentum of its own
             compile_parts(args, model, teacher)
-        lr = learning_rate(step, total_steps, args.lr)
+            compile_parts(args, averaged, None)
+        lr, momentum = one_cycle(step // data.steps_per_epoch, math.ceil(total_steps / data.steps_per_epoch), args.lr)
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group.update({"lr": lr} | ({"momentum": momentum} if args.optimizer == "sgd" else {}))
         decay = averaging_decay(step, warmup, args.ema_decay)
         recent.append(train_step(model, averaged, projectors, teacher, optimizer, data.batch(step), decay, args))
 
@@ -1001,7 +1027,7 @@ def train(args, data, teacher, run, out, total_steps, signals=()):
         row["images_per_s"] = args.batch_size * len(recent) / (time.time() - since)
         if main_process and evaluating:
             row["holdout_clean"], row["holdout_robust"] = evaluate(averaged, data.holdout, margin_loss, SELECTION_STEPS, args)
-            if row["holdout_robust"] > best:
+            if row["holdout_robust"] >= best:  # ties go to the later one (DM-AT)
                 best = row["holdout_robust"]
                 save_atomically(checkpoint(args, run, done, best), out / "best.pt")
         if main_process:
@@ -1037,14 +1063,15 @@ def time_step(args, data, batches, teacher, run):
         torch.cuda.synchronize() if cuda else None
         return (time.perf_counter() - started) / count
     batch = next(batches(1))
-    attack = lambda _: trades_attack(model, batch.images, batch.start, args.eps, args.step_size, args.attack_steps)
+    clean_logits = model(batch.images).detach()
+    attack = lambda _: trades_attack(model, batch.images, batch.start, args.eps, args.step_size, args.attack_steps, clean_logits)
     teach = lambda _: ask_teacher(teacher, batch, args)
     with torch.no_grad(), FlopCounterMode(display=False) as forward:
         model(batch.images)
     with torch.no_grad(), FlopCounterMode(display=False) as teaching:
         teach(None)
-    # One clean forward, attack steps of a forward and a backward pass to the image, two forwards with backward passes to image and weights.
-    flops = forward.get_total_flops() * (1 + 2 * args.attack_steps + 2 * 3) + teaching.get_total_flops()
+    # Attack steps of a forward and a backward pass to the image, two forwards with backward passes to image and weights.
+    flops = forward.get_total_flops() * (2 * args.attack_steps + 2 * 3) + teaching.get_total_flops()
     train_step(model, averaged, projectors, teacher, optimizer, batch, 0.5, args)  # before compiling: the first step is another graph
     compile_parts(args, model, teacher)
     parts = {"step": seconds(lambda inputs: train_step(model, averaged, projectors, teacher, optimizer, next(inputs), 0.5, args)),
@@ -1084,14 +1111,15 @@ def summarise(recent, done, model):
     return means | {name: 100 * means[name] for name in ("train_clean", "train_robust")}
 
 
-def print_table(args, data, run, out):
-    """Clean and PGD accuracy on test images, before and after: a quick look. `run` supplies a model to load weights into."""
+def print_table(args, data, out):
+    """Clean and PGD accuracy on test images in float32, before and after: a quick look."""
     print(f"\nfirst {min(TABLE_IMAGES, len(data.test))} test images, averaged model       clean    PGD-{TABLE_STEPS} at {args.eps * 255:g}/255")
     cross_entropy = lambda logits, labels: F.cross_entropy(logits, labels, reduction="sum")
+    model = build_run(args, data.device, None)[1]
+    model.amp = False
     for name in ("before training", "best.pt", "last.pt"):
-        model = build_run(args, data.device, None)[1] if name == "before training" else run[1]
         if name != "before training":
-            restore(out / name, args, run)
+            model.load_state_dict(torch.load(out / name, weights_only=True)["model_state_dict"])
         clean, robust = evaluate(model, data.test, cross_entropy, TABLE_STEPS, args, limit=TABLE_IMAGES)
         print(f"  {name:42} {clean:6.2f} %  {robust:6.2f} %", flush=True)
     print("Judge the checkpoint with AutoAttack before quoting a number.")
@@ -1107,6 +1135,7 @@ def main(argv=None):
             raise InputError(f"--device cuda: {torch.cuda.device_count()} GPUs here, too few for process {local}")
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
+        torch.backends.cudnn.allow_tf32 = args.amp  # for convolutions torch allows it by default; for matrices it does not
     if world > 1:  # two hours, since process 0 may evaluate or download while the others wait
         dist.init_process_group("cpu:gloo,cuda:nccl" if args.device == "cuda" else "gloo", timeout=timedelta(hours=2),
                                 device_id=device if args.device == "cuda" else None)
@@ -1134,7 +1163,7 @@ def main(argv=None):
             good = [str(out / name) for name in ("last.pt", "best.pt") if (out / name).exists()]
             raise FloatingPointError(f"{error}; last good checkpoint: {good[0] if good else 'none was due yet'}") from None
         if rank == 0:
-            print_table(args, data, run, out)
+            print_table(args, data, out)
     if world > 1:
         dist.destroy_process_group()
 

@@ -12,7 +12,7 @@ features of the attacked image have to resemble. At test time the classifier sta
 
 This is train_cifar.py for large images: the same sections and names, so `diff train_cifar.py train_imagenet.py` shows what
 differs. A backbone from timm with DINOv3's pretrained weights is fine-tuned as a whole; the teacher is LightningDiT. These
-backbones have no batch norm, so one forward of clean and attacked images together is exact, and so is accumulating gradients.
+backbones have no batch norm, so accumulating gradients over pieces of a batch is exact.
 
 Try it in under two minutes on a CPU, without data or downloads (a ViT, then a ConvNeXt with cached targets):
 
@@ -67,7 +67,7 @@ from dit_encoder import DiTEncoder, LightningDiT, VAEEncoder, load_dit_encoder
 
 CROP_AREA = (0.08, 1.0)  # share of the image that a random resized crop covers (chosen: torchvision's default)
 LION_BETAS = (0.9, 0.99)  # Lion's own paper, arXiv 2302.06675
-WARMUP = 0.025  # share of all steps with a rising learning rate; weight averaging starts where it ends (inherited)
+WARMUP = 0.025  # share of all steps with a rising learning rate, and before weight averaging starts (inherited)
 RESIZE = 256 / 224  # shorter side over centre crop in evaluations, RobustBench's protocol
 HOLDOUT = 1024  # training images, evenly spaced, kept out of training to pick best.pt (inherited); at most a tenth of the data
 SELECTION_STEPS = 40  # steps of the margin-loss attack on them (inherited)
@@ -129,7 +129,7 @@ def parse_args(argv=None):
     add("--beta", type=number(at_least=0, below=1e6), default=5.0, help="weight of TRADES' KL term (chosen: DM-AT's)")
     add("--eps", type=share, default="4/255", help="largest change of a pixel in [0,1] (RobustBench's standard, stated by reference)")
     add("--step-size", type=positive, default="2/255", help="of the attack (chosen)")
-    add("--attack-steps", type=count, default=3, help="PGD steps in training (stated)")
+    add("--attack-steps", type=number(int, at_least=0, below=1e9), default=3, help="PGD steps in training (stated); 0 trains on clean images, with --beta 0 by cross-entropy alone")
     # Diffusion representation alignment
     add("--dra-weight", type=number(at_least=0, below=1e6), default=1.0, help="lambda in eq. (4); 0 is plain adversarial training and needs no teacher (chosen)")
     add("--teacher", nargs=3, metavar=("DIT", "VAE", "STATS"), help="LightningDiT-XL/1, VA-VAE and latents_stats.pt (stated: the model that drew the synthetic images)")
@@ -142,9 +142,9 @@ def parse_args(argv=None):
     add("--out", default="runs/imagenet", help="folder for last.pt, best.pt and log.csv")
     add("--seed", type=number(int, at_least=0, below=2**63), default=0, help="of every random draw")
     add("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu", help="where to run")
-    add("--no-amp", action="store_true", help="float32 throughout (default on CUDA: backbone and teacher in bfloat16)")
+    add("--no-amp", action="store_true", help="float32 throughout, without TF32 (default on CUDA: backbone and teacher in bfloat16)")
     add("--no-compile", action="store_true", help="no torch.compile (default on CUDA: compiled)")
-    add("--eval-every", type=positive, default=5, help="epochs between evaluations of the averaged model on the held-out images")
+    add("--eval-every", type=positive, default=1, help="epochs between evaluations of the averaged model on the held-out images (inherited)")
     add("--save-every", type=positive, default=1, help="epochs between checkpoints")
     add("--benchmark", type=count, nargs="?", const=20, metavar="STEPS", help="time that many steps (20 if not given), print one line of JSON and stop; draws images and a teacher of full size where none are given")
     add("--peak-tflops", type=positive, help="the device's peak rate, for --benchmark to compare with")
@@ -222,7 +222,7 @@ def build_model(arch, num_classes, pretrained, image_size=None):
     except Exception as error:  # timm and its hub raise errors of many kinds
         raise InputError(f"--arch {arch}: timm cannot build it{' with its pretrained weights' * pretrained} ({one_line(error)})") from None
     if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in backbone.modules()):
-        raise InputError(f"--arch {arch}: has batch norm, expected a model without, such as a ViT or ConvNeXt: here clean and attacked images share a forward")
+        raise InputError(f"--arch {arch}: has batch norm, expected a model without, such as a ViT or ConvNeXt: here a batch may come in pieces, --accumulate")
     if any(getattr(module, name, 0) for module in backbone.modules() for name in ("drop_prob", "p") if isinstance(module, (nn.Dropout, timm.layers.DropPath))):
         raise InputError(f"--arch {arch}: has dropout or stochastic depth, expected a model without: here every draw depends on seed and step alone")
     return Classifier(backbone)
@@ -273,15 +273,18 @@ def kl_divergence(clean_logits, adv_logits, reduction):
     return F.kl_div(adv_log_p, clean_log_p, reduction=reduction, log_target=True)
 
 
-def trades_attack(model, images, start, eps, step_size, steps):
+def trades_attack(model, images, start, eps, step_size, steps, clean_logits=None):
     """The adversary of TRADES as in DM-AT: x' within eps of x that maximises KL(p(x) || p(x')), p(x) held fixed.
 
     images [B, 3, H, W] in [0, 1]; start: the first x', same shape, U(-eps, eps) around images and clamped to [0, 1].
+    clean_logits [B, classes]: the model's on `images`, where the training forward has just computed them; else they are computed here.
     Returns x' [B, 3, H, W] in [0, 1], detached.
     """
     with attack_mode(model):
-        with torch.no_grad():
-            clean_logits = model(images)
+        if clean_logits is None:
+            with torch.no_grad():
+                clean_logits = model(images)
+        clean_logits = clean_logits.detach()
         return pgd(lambda adv: kl_divergence(clean_logits, model(adv), "sum"), images, start, eps, step_size, steps)
 
 
@@ -338,12 +341,20 @@ def build_optimizer(args, *modules):
     return Lion(groups, lr=args.lr, weight_decay=args.weight_decay)
 
 
-def learning_rate(step, total_steps, peak):
-    """Linear rise over the first 2.5 % of the steps, then half a cosine down to 0. step counts from 0."""
-    warmup = int(WARMUP * total_steps)
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total_steps - warmup)))
+def one_cycle(position, total, peak):
+    """(learning rate, momentum) at position 0 ... total - 1: torch's OneCycleLR(max_lr=peak, pct_start=0.025, total_steps=total).
+
+    Two halves of a cosine: the rate rises from peak / 25 to the peak and falls to peak / 250,000, while the momentum goes from 0.95 to
+    0.85 and back. The rise ends at WARMUP * total - 1. Where that is not above 0 (up to 40 positions) there is none, and the run begins
+    in the fall, as with torch (which divides by zero where it is exactly 0).
+    """
+    rise_end = WARMUP * total - 1
+    cosine = lambda start, end, share: end + (start - end) / 2 * (1 + math.cos(math.pi * share))
+    if rise_end > 0 and position <= rise_end:
+        share = position / rise_end
+        return cosine(peak / 25, peak, share), cosine(0.95, 0.85, share)
+    share = (position - rise_end) / (total - 1 - rise_end)
+    return cosine(peak, peak / 25 / 1e4, share), cosine(0.85, 0.95, share)
 
 
 def averaging_decay(step, warmup_steps, tau):
@@ -377,7 +388,7 @@ def all_reduce(tensor, operation=dist.ReduceOp.SUM):
 
 
 def average_gradients(parameters):
-    """Mean gradient over all processes. By hand rather than by DistributedDataParallel: a step costs 13 forward passes, so there is
+    """Mean gradient over all processes. By hand rather than by DistributedDataParallel: a step costs 12 forward passes, so there is
     little to gain from overlapping, and the accumulated pieces of a batch need no special care."""
     if not dist.is_initialized():
         return
@@ -409,13 +420,16 @@ def train_step(model, averaged, projectors, teacher, optimizer, batch, decay, ar
     for part in split_batch(batch, args.accumulate):  # exact up to rounding: nothing in these models mixes images
         images, labels = part.images, part.labels
 
-        # The inner maximisation of eq. (1), by the PGD of eq. (2): x' starts at U(-eps, eps) around x.
-        adv = trades_attack(model, images, part.start, args.eps, args.step_size, args.attack_steps)
+        # The clean forward comes first and serves twice: its logits are p(x) in the attack, held fixed there, and p(x) in L_TRADES.
+        clean_logits = model(images)
 
-        # L_TRADES. One forward for clean and adversarial images together.
-        features = model.features(torch.cat([images, adv]))  # [2B, D]
-        clean_logits, adv_logits = model.head(features).chunk(2)
-        adv_features = features[len(images):]  # enc(x'), [B, D]
+        # The attack, by the PGD of eq. (2), on TRADES' KL where eq. (1) has the cross-entropy: x' starts at U(-eps, eps) around x.
+        attacking = args.eps > 0 and args.attack_steps > 0  # else x' = x, plain training
+        adv = trades_attack(model, images, part.start, args.eps, args.step_size, args.attack_steps, clean_logits) if attacking else images
+
+        # L_TRADES.
+        adv_features = model.features(adv)  # enc(x'), [B, D]
+        adv_logits = model.head(adv_features)
         trades = trades_loss(clean_logits, adv_logits, labels, args.beta, args.label_smoothing)
 
         # L_DRA, eq. (3): the projected features of x' against the teacher's of the clean x.
@@ -601,7 +615,7 @@ class Data:
 
         if args.synthetic and args.synthetic_fraction is None:
             args.synthetic_fraction = 0.7
-        self.n_real = int(args.batch_size * (1 - (args.synthetic_fraction or 0)))  # per batch; the others are synthetic
+        self.n_real = args.batch_size - int(args.batch_size * (args.synthetic_fraction or 0))  # per batch; the others are synthetic
         if not 1 <= self.n_real <= self.n_real_images:
             raise InputError(f"--batch-size {args.batch_size}: has {self.n_real} real images, expected 1 to {self.n_real_images}, all there are")
         if args.batch_size % (world * args.accumulate):
@@ -742,16 +756,17 @@ def write_rows(path, first, rows):
 
 
 def margin_loss(logits, labels):
-    """Best wrong logit minus the right one, summed over the batch (Carlini & Wagner 2017): logits [B, classes], labels [B]."""
+    """Best wrong logit minus the right one (Carlini & Wagner 2017), at most 0, summed over the batch: logits [B, classes], labels [B].
+    Hinged as in DM-AT: an image that is already misclassified adds no gradient and stays where it is."""
     right = logits.gather(1, labels[:, None]).squeeze(1)
     wrong = logits.scatter(1, labels[:, None], -torch.inf).amax(dim=1)
-    return (wrong - right).sum()
+    return (wrong - right).clamp(max=0).sum()
 
 
 def evaluate(model, source, loss, steps, args):
     """Clean and robust accuracy in percent, the latter under `steps` PGD steps on `loss`, from one random start (by seed).
 
-    model: in evaluation mode, frozen, float32. source: a `Centred`.
+    model: in evaluation mode, frozen. source: a `Centred`.
     """
     clean, robust, device = 0, 0, next(model.parameters()).device
     for number, loaded in enumerate(torch.utils.data.DataLoader(source, batch_size=64, num_workers=args.workers, worker_init_fn=answer_signals)):
@@ -957,8 +972,8 @@ def build_run(args, data, teacher, pretrained=False):
     projectors = nn.ModuleList([build_projector(feature_width, teacher.width)] if teacher else [])
     model.to(data.device, memory_format=torch.channels_last)  # the faster layout for convolutions, on GPUs and CPUs
     projectors.to(data.device)
+    model.amp = args.amp
     averaged = copy.deepcopy(model).requires_grad_(False).eval()  # a copy: it shares no storage with the live model
-    model.amp = args.amp  # the average stays float32: it is only ever evaluated
     return model, averaged, projectors, build_optimizer(args, model, projectors)
 
 
@@ -996,8 +1011,9 @@ def train(args, data, teacher, run, out, total_steps, signals=()):
     log_every, recent, since, started, waiting = min(LOG_EVERY, data.steps_per_epoch), [], time.time(), time.time(), 0.0
     loader = data.load(first_step, total_steps)
     compile_parts(args, model, None if args.cached else teacher)
+    compile_parts(args, averaged, None)
     for step in range(first_step, total_steps):
-        lr = learning_rate(step, total_steps, args.lr)
+        lr, _ = one_cycle(step, total_steps, args.lr)  # by step (chosen); Lion's betas stay fixed
         for group in optimizer.param_groups:
             group["lr"] = lr
         decay = averaging_decay(step, warmup, args.ema_decay)
@@ -1019,7 +1035,7 @@ def train(args, data, teacher, run, out, total_steps, signals=()):
         row["waiting"] = 100 * waiting / (time.time() - since)
         if main_process and evaluating:
             row["holdout_clean"], row["holdout_robust"] = evaluate(averaged, data.holdout, margin_loss, SELECTION_STEPS, args)
-            if row["holdout_robust"] > best:
+            if row["holdout_robust"] >= best:  # ties go to the later one (DM-AT)
                 best = row["holdout_robust"]
                 save_atomically(checkpoint(args, run, done, best), out / "best.pt")
         if main_process:
@@ -1057,14 +1073,15 @@ def time_step(args, data, batches, teacher, run):
     batch = next(batches(1))
     pieces = split_batch(batch, args.accumulate)
     asking = batch.teacher_noise is not None  # a teacher at work, whose features are not cached
-    attack = lambda _: [trades_attack(model, part.images, part.start, args.eps, args.step_size, args.attack_steps) for part in pieces]
+    clean_logits = [model(part.images).detach() for part in pieces]
+    attack = lambda _: [trades_attack(model, part.images, part.start, args.eps, args.step_size, args.attack_steps, logits) for part, logits in zip(pieces, clean_logits)]
     teach = lambda _: [ask_teacher(teacher, part, args) for part in pieces if asking]
     with torch.no_grad(), FlopCounterMode(display=False) as forward:
         [model(part.images) for part in pieces]
     with torch.no_grad(), FlopCounterMode(display=False) as teaching:
         teach(None)
-    # One clean forward, attack steps of a forward and a backward pass to the image, two forwards with backward passes to image and weights.
-    flops = forward.get_total_flops() * (1 + 2 * args.attack_steps + 2 * 3) + teaching.get_total_flops()
+    # Attack steps of a forward and a backward pass to the image, two forwards with backward passes to image and weights.
+    flops = forward.get_total_flops() * (2 * args.attack_steps + 2 * 3) + teaching.get_total_flops()
     train_step(model, averaged, projectors, teacher, optimizer, batch, 0.5, args)  # before compiling: the first step is another graph
     compile_parts(args, model, teacher)
     parts = {"step": seconds(lambda inputs: train_step(model, averaged, projectors, teacher, optimizer, next(inputs), 0.5, args)),
@@ -1104,14 +1121,15 @@ def summarise(recent, done, model):
     return means | {name: 100 * means[name] for name in ("train_clean", "train_robust")}
 
 
-def print_table(args, data, run, out):
-    """Clean and PGD accuracy on validation images, before and after: a quick look. `run` supplies a model to load weights into."""
+def print_table(args, data, out):
+    """Clean and PGD accuracy on validation images in float32, before and after: a quick look."""
     print(f"\n{len(data.test)} validation images, averaged model                clean    PGD-{TABLE_STEPS} at {args.eps * 255:g}/255")
     cross_entropy = lambda logits, labels: F.cross_entropy(logits, labels, reduction="sum")
+    model = build_run(args, data, None)[1]
+    model.amp = False
     for name in ["before training"] * args.no_pretrained + ["best.pt", "last.pt"]:
-        model = build_run(args, data, None)[1] if name == "before training" else run[1]
         if name != "before training":
-            restore(out / name, args, run)
+            model.load_state_dict(torch.load(out / name, weights_only=True)["model_state_dict"])
         clean, robust = evaluate(model, data.test, cross_entropy, TABLE_STEPS, args)
         print(f"  {name:42} {clean:6.2f} %  {robust:6.2f} %", flush=True)
     print("Judge the checkpoint with AutoAttack before quoting a number.")
@@ -1149,7 +1167,7 @@ def run_once(args, device, rank, world, local):
         good = [str(out / name) for name in ("last.pt", "best.pt") if (out / name).exists()]
         raise FloatingPointError(f"{error}; last good checkpoint: {good[0] if good else 'none was due yet'}") from None
     if rank == 0:
-        print_table(args, data, run, out)
+        print_table(args, data, out)
 
 
 def main(argv=None):
@@ -1162,6 +1180,7 @@ def main(argv=None):
             raise InputError(f"--device cuda: {torch.cuda.device_count()} GPUs here, too few for process {local}")
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
+        torch.backends.cudnn.allow_tf32 = args.amp  # for convolutions torch allows it by default; for matrices it does not
     if world > 1:  # two hours, since process 0 may evaluate or download while the others wait
         dist.init_process_group("cpu:gloo,cuda:nccl" if args.device == "cuda" else "gloo", timeout=timedelta(hours=2),
                                 device_id=device if args.device == "cuda" else None)

@@ -122,6 +122,13 @@ def test_bad_npz_files_give_one_clear_line(tmp_path):
         assert "bad.npz" in str(caught.value) and "\n" not in str(caught.value), kind
 
 
+def test_cifar10s_file_is_refused_for_cifar100(tmp_path):
+    """DM-AT calls both files 1m.npz. One label above 9 is enough to tell them apart."""
+    with pytest.raises(InputError, match="labels run from 0 to 9, expected up to 99"):
+        open_npz(write_npz(tmp_path / "1m.npz", 50, label=np.arange(50) % 10), 100)
+    assert len(open_npz(write_npz(tmp_path / "1m.npz", 50, label=np.arange(50)), 100)) == 50
+
+
 def test_a_header_that_promises_more_than_the_file_holds_is_cut_off(tmp_path):
     path = write_npz(tmp_path / "x.npz", 5)
     path.write_bytes(path.read_bytes().replace(b"'shape': (5, 32,", b"'shape': (9, 32,"))
@@ -196,6 +203,15 @@ def test_synthetic_share_and_the_epochs_length(folder):
     everything = np.concatenate([data.parts[0].images, *[np.load(folder / f"{name}.npz")["image"] for name in "ab"]])
     index = data.draw_indices(7)
     assert np.array_equal(data.fetch(index)[0], everything[index]), "in the order asked for"
+
+
+@pytest.mark.parametrize("fraction, synthetic", [("0.7", 358), ("0.8", 409)])
+def test_a_batch_of_512_is_split_as_in_dmat(folder, fraction, synthetic):
+    """int(512 x 0.7) = 358 synthetic images, and the other 154 are real."""
+    write_npz(folder / "train.npz", 600)
+    write_npz(folder / "a.npz", 30, seed=3)
+    data = make_data(folder, "--batch-size", "512", "--synthetic", str(folder / "a.npz"), "--synthetic-fraction", fraction)
+    assert data.n_real == 512 - synthetic and (data.draw_indices(0) >= data.n_real_images).sum() == synthetic
 
 
 @pytest.mark.parametrize("synthetic", [False, True])

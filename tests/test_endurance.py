@@ -22,8 +22,8 @@ ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}  # the order of sums depends 
 
 def start(script, out, *more, **kwargs):
     """A run of 24 steps that saves every fourth, as a process of its own."""
-    flags = {"train_cifar.py": ["--batch-size", "16", "--attack-steps", "2", "--save-every", "0.0589"],
-             "train_imagenet.py": ["--arch", "test_vit", "--image-size", "32", "--batch-size", "16", "--attack-steps", "1", "--save-every", "0.16", "--workers", "0"]}[script]
+    flags = {"train_cifar.py": ["--batch-size", "64", "--attack-steps", "2", "--save-every", "0.2353", "--eval-every", "5"],
+             "train_imagenet.py": ["--arch", "test_vit", "--image-size", "32", "--batch-size", "16", "--attack-steps", "1", "--save-every", "0.16", "--eval-every", "5", "--workers", "0"]}[script]
     return subprocess.Popen([sys.executable, script, "--smoke", *flags, "--max-steps", "24", "--out", str(out), *more], cwd=ROOT, env=ONE_THREAD,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs)
 

@@ -17,8 +17,8 @@ from kill_twenty_times import leaves
 from train_cifar import InputError, build_model, main, parse_args, save_atomically
 
 ROOT, FIXTURES = Path(__file__).parent.parent, Path(__file__).parent / "fixtures"
-SMALL = ["--smoke", "--device", "cpu", "--batch-size", "16", "--attack-steps", "2", "--extra-sigma"]  # 68 steps an epoch
-EIGHT_STEPS = [*SMALL, "--max-steps", "8", "--save-every", "0.03", "--eval-every", "0.06"]  # saves every 2 steps, evaluates every 4
+SMALL = ["--smoke", "--device", "cpu", "--batch-size", "272", "--attack-steps", "2", "--extra-sigma"]  # 4 steps an epoch
+EIGHT_STEPS = [*SMALL, "--max-steps", "8", "--save-every", "0.5", "--eval-every", "1"]  # saves every 2 steps, evaluates every 4
 
 
 def command(*flags, **kwargs):
@@ -82,6 +82,12 @@ def test_a_better_best_pt_than_last_pt_knows_is_kept(finished, tmp_path):
     before = (tmp_path / "best.pt").read_bytes()
     main([*EIGHT_STEPS, "--out", str(tmp_path)])
     assert (tmp_path / "best.pt").read_bytes() == before and torch.load(tmp_path / "last.pt", weights_only=True)["best"] == 100.0
+
+
+def test_of_equally_good_evaluations_the_later_one_stays(tmp_path, monkeypatch):
+    monkeypatch.setattr(train_cifar, "evaluate", lambda *_, **__: (60.0, 30.0))
+    main([*EIGHT_STEPS, "--attack-steps", "0", "--out", str(tmp_path)])
+    assert torch.load(tmp_path / "best.pt", weights_only=True)["step"] == 8, "and not 4"
 
 
 def test_other_settings_on_the_same_folder_are_refused_with_the_difference(finished):
@@ -174,7 +180,7 @@ def test_eps_is_a_fraction_or_a_number():
 def test_defaults_are_the_papers_wrn_34_10_row():
     args = parse_args(["--device", "cpu"])
     assert (args.arch, args.batch_size, args.epochs, args.synthetic) == ("wrn-34-10", 128, 200, [])
-    assert (args.attack_steps, args.step_size, args.beta, args.lr, args.weight_decay) == (10, 2 / 255, 5, 0.2, 5e-4)
+    assert (args.attack_steps, args.step_size, args.beta, args.lr, args.weight_decay, args.eval_every) == (10, 2 / 255, 5, 0.2, 5e-4, 1)
     assert args.dra_weight == 1 and args.teacher_sigma == 0.06 and args.teacher.endswith("edm-cifar10-32x32-cond-vp.pkl")
     lion = parse_args(["--optimizer", "lion", "--dataset", "cifar100", "--dra-weight", "0"])
     assert (lion.lr, lion.weight_decay, lion.teacher) == (1e-4, 0.5, None)
@@ -192,7 +198,7 @@ def bad_flags(folder):
     return [
         (["--arch", "resnet-18"], "--arch resnet-18"),
         (["--eps", "255"], "--eps: 255: expected a number such as 8/255, at least 0 and below 1"), (["--eps", "-1/255"], "--eps"), (["--eps", "8/0"], "--eps"), (["--eps", "nan"], "--eps"), (["--eps", "x"], "--eps"),
-        (["--step-size", "0"], "--step-size"), (["--attack-steps", "0"], "--attack-steps: 0"), (["--attack-steps", "2.5"], "whole number"),
+        (["--step-size", "0"], "--step-size"), (["--attack-steps", "-1"], "--attack-steps: -1"), (["--attack-steps", "2.5"], "whole number"),
         (["--epochs", "0"], "--epochs"), (["--max-steps", "-5"], "--max-steps"), (["--max-steps", "ten"], "--max-steps"),
         (["--batch-size", "5000"], "--batch-size 5000"), (["--batch-size", "1"], "--batch-size"),
         (["--lr", "0"], "--lr"), (["--lr", "inf"], "--lr"), (["--weight-decay", "-1"], "--weight-decay"), (["--beta", "-1"], "--beta"),

@@ -68,7 +68,7 @@ def test_both_scripts_have_the_same_sections_in_the_same_order():
 
 def test_what_both_scripts_need_is_the_same_code():
     """Word for word, so that the tests of the one speak for the other."""
-    for name in ("one_line", "InputError", "number", "build_projector", "pgd", "kl_divergence", "trades_loss", "dra_loss", "Lion", "learning_rate",
+    for name in ("one_line", "InputError", "number", "build_projector", "pgd", "kl_divergence", "trades_loss", "dra_loss", "Lion", "one_cycle",
                  "averaging_decay", "margin_loss", "save_atomically", "restore", "start_log", "summarise"):
         assert inspect.getsource(getattr(train_imagenet, name)) == inspect.getsource(getattr(train_cifar, name)), name
 
@@ -106,7 +106,7 @@ def test_vit_features_leave_the_class_and_register_tokens_out():
 
 
 def test_a_fixed_image_size_spares_the_rotary_grid_and_changes_nothing():
-    """timm computes DINOv3's grid of positions on the CPU; in each forward that would stall a GPU 13 times a step."""
+    """timm computes DINOv3's grid of positions on the CPU; in each forward that would stall a GPU 12 times a step."""
     class Operations(TorchDispatchMode):
         def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
             seen.append(operation.__name__)
@@ -124,8 +124,8 @@ def test_a_fixed_image_size_spares_the_rotary_grid_and_changes_nothing():
 
 
 @pytest.mark.parametrize("arch", ["test_vit", "test_convnext"])
-def test_one_forward_of_clean_and_attacked_images_equals_two(arch):
-    """No layer mixes images, in training mode either; so batches may also be cut into pieces."""
+def test_no_layer_mixes_images_so_batches_may_be_cut_into_pieces(arch):
+    """In training mode either."""
     model, images = build_model(arch, 10, pretrained=False).train(), torch.rand(4, 3, 160, 160)
     torch.testing.assert_close(model(images), torch.cat([model(images[:1]), model(images[1:])]), rtol=1e-4, atol=1e-5)
 
@@ -166,6 +166,16 @@ def test_a_step_in_pieces_is_the_step_as_a_whole(folder):
         torch.testing.assert_close(numbers["loss"], numbers["trades"] - args.dra_weight * numbers["cosine"])
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-3, atol=1e-6)
     assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
+
+
+def test_a_step_costs_five_passes_with_three_attack_steps_and_two_without_attack(folder):
+    """One clean forward for attack and loss together, one for each attack step, one adversarial forward."""
+    for more, expected in (([], 3), (["--attack-steps", "3"], 5), (["--attack-steps", "0"], 2), (["--eps", "0"], 2)):
+        args, data, _ = setting(folder, "--dra-weight", "0", *more)
+        run, passes = build_run(args, data, None), []
+        next(m for m in run[0].modules() if isinstance(m, torch.nn.Conv2d)).register_forward_hook(lambda *_: passes.append(1))
+        train_step(*run[:3], None, run[3], one_batch(data, 0), 0.5, args)
+        assert len(passes) == expected, more
 
 
 def test_a_batch_in_pieces_keeps_every_image_and_its_companions():

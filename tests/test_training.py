@@ -10,7 +10,7 @@ from torch import nn
 import train_cifar
 from edm_encoder import EDMEncoder
 from train_cifar import (Lion, averaging_decay, build_model, build_optimizer, build_projector, crop_and_flip, dra_loss, kl_divergence,
-                         learning_rate, margin_loss, pgd, set_batchnorm_momentum, trades_attack, trades_loss, train_step, update_average)
+                         margin_loss, one_cycle, pgd, set_batchnorm_momentum, trades_attack, trades_loss, train_step, update_average)
 
 EPS, STEP_SIZE = 8 / 255, 2 / 255
 
@@ -109,9 +109,12 @@ def test_alignment_is_minus_one_where_directions_agree_and_ignores_length():
     torch.testing.assert_close(dra_loss(torch.eye(4), torch.eye(4).roll(1, 0)), torch.tensor(0.0))
 
 
-def test_margin_is_positive_exactly_where_misclassified():
-    logits = torch.tensor([[3.0, 1.0, 0.0], [3.0, 1.0, 0.0]])
-    assert margin_loss(logits[:1], torch.tensor([0])) == -2 and margin_loss(logits[1:], torch.tensor([1])) == 2
+def test_margin_pushes_only_images_that_are_still_classified_correctly():
+    """Hinged at 0, as in DM-AT: where the attack has won, the gradient is zero and PGD's sign step stays where it is."""
+    logits = torch.tensor([[3.0, 1.0, 0.0], [3.0, 1.0, 0.0]], requires_grad=True)
+    loss = margin_loss(logits, torch.tensor([0, 1]))
+    loss.backward()
+    assert loss == -2 and torch.equal(logits.grad, torch.tensor([[-1.0, 1.0, 0.0], [0.0, 0.0, 0.0]]))
 
 
 # ------------------------------------------------------------------------------------------------------ the whole step
@@ -183,14 +186,88 @@ def test_averaging_follows_the_model_through_the_warm_up_and_then_slows_down():
     assert averaging_decay(100_000, 3, 0.995) == 0.995
 
 
-def test_learning_rate_rises_to_its_peak_and_falls_to_nothing():
-    rates = [learning_rate(step, 1000, 0.2) for step in range(1000)]
-    assert rates[0] == 0.2 / 25 and rates[24] == rates[25] == max(rates) == 0.2 and 0 < rates[-1] < 1e-5
-    assert all(a >= b for a, b in zip(rates[25:], rates[26:])) and math.isclose(rates[25 + 975 // 2], 0.1, rel_tol=0.01)
-    assert learning_rate(0, 1, 0.2) == 0.2
+@pytest.mark.parametrize("epochs", [1, 2, 3, 10, 39, 40, 41, 200, 400, 2400])
+def test_schedule_is_torchs_one_cycle(epochs):
+    """DM-AT steps OneCycleLR once per epoch; its default also cycles the momentum."""
+    # With 40 epochs the rise ends at epoch 0 exactly, and torch divides by zero; a hair less is its limit.
+    pct_start = 0.025 if epochs != 40 else 0.025 - 1e-12
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.2, momentum=0.9, nesterov=True)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.2, pct_start=pct_start, total_steps=epochs)
+    ours, theirs = [one_cycle(epoch, epochs, 0.2) for epoch in range(epochs)], []
+    for epoch in range(epochs):
+        theirs.append([optimizer.param_groups[0]["lr"], optimizer.param_groups[0]["momentum"]])
+        optimizer.step()
+        if epoch < epochs - 1:
+            scheduler.step()
+    torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), rtol=1e-9, atol=1e-12)
+    assert ours[-1] == pytest.approx((0.2 / 250_000, 0.95))
 
 
-def test_normalisation_layers_have_no_weight_decay(model):
+def test_a_run_sets_rate_and_momentum_by_epoch(monkeypatch, tmp_path):
+    """Six steps of four an epoch: the second epoch begins with the fifth. Lion has no momentum to set."""
+    seen = []
+
+    def step(model, averaged, projectors, teacher, optimizer, *rest):
+        seen.append((optimizer.param_groups[0]["lr"], optimizer.param_groups[0].get("momentum")))
+        return train_step(model, averaged, projectors, teacher, optimizer, *rest)
+    monkeypatch.setattr(train_cifar, "train_step", step)
+    flags = ["--smoke", "--batch-size", "272", "--attack-steps", "0", "--dra-weight", "0", "--max-steps", "6"]
+    train_cifar.main([*flags, "--out", str(tmp_path / "sgd")])
+    assert seen == [one_cycle(step // 4, 2, 0.1) for step in range(6)] and len(set(seen)) == 2
+    seen.clear()
+    train_cifar.main([*flags, "--optimizer", "lion", "--lr", "1e-4", "--out", str(tmp_path / "lion")])
+    assert seen == [(one_cycle(step // 4, 2, 1e-4)[0], None) for step in range(6)]
+
+
+def test_wide_resnets_are_initialised_as_dmats():
+    """Convolutions N(0, 2 / (k^2 out_channels)), last bias 0; torch's default for a 3x3 layer of equal width is 2.4 times narrower."""
+    model = build_model("wrn-10-4", 10)
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d) and module.weight.numel() > 10_000:
+            expected = math.sqrt(2 / (module.kernel_size[0] ** 2 * module.out_channels))
+            assert module.weight.std().item() == pytest.approx(expected, rel=0.03) and abs(module.weight.mean()) < 0.05 * expected
+    assert model.logits.bias.eq(0).all() and model.logits.weight.std() > 0
+
+
+@pytest.mark.parametrize("flags, passes", [([], 12), (["--attack-steps", "3"], 5), (["--attack-steps", "0"], 2), (["--eps", "0"], 2)])
+def test_one_clean_forward_serves_attack_and_loss(model, images, flags, passes):
+    """1 clean, 10 in the attack, 1 adversarial. In the arithmetic of the README, where a backward pass to the image or to the weights costs
+    as much as a forward one, that is 2 x 10 + 2 x 3 = 26 passes."""
+    count = []
+    model.init_conv.register_forward_hook(lambda *_: count.append(1))
+    args = train_cifar.parse_args(["--device", "cpu", "--dra-weight", "0", *flags])
+    batch = SimpleNamespace(images=images, labels=torch.arange(8), start=start_near(images), teacher_noise=[])
+    train_step(model, copy.deepcopy(model).requires_grad_(False), nn.ModuleList(), None, build_optimizer(args, model), batch, 0.0, args)
+    assert len(count) == passes
+
+
+def test_the_attack_finds_the_same_with_logits_handed_to_it(model, images):
+    with torch.no_grad():
+        clean_logits = copy.deepcopy(model)(images)
+    start = start_near(images)
+    assert torch.equal(trades_attack(model, images, start, EPS, STEP_SIZE, 3), trades_attack(model, images, start, EPS, STEP_SIZE, 3, clean_logits))
+
+
+def test_without_attack_steps_and_beta_a_step_is_plain_training(model, images):
+    """The "standard supervised" classifier of Fig. 3 and 4: x' = x, and cross-entropy alone."""
+    args = train_cifar.parse_args(["--device", "cpu", "--dra-weight", "0", "--attack-steps", "0", "--beta", "0"])
+    labels = torch.arange(8)
+    expected = nn.functional.cross_entropy(copy.deepcopy(model)(images), labels, label_smoothing=0.1)
+    batch = SimpleNamespace(images=images, labels=labels, start=start_near(images), teacher_noise=[])
+    numbers = train_step(model, copy.deepcopy(model).requires_grad_(False), nn.ModuleList(), None, build_optimizer(args, model), batch, 0.0, args)
+    torch.testing.assert_close(numbers["loss"], expected.detach())
+    assert numbers["train_clean"] == numbers["train_robust"]
+
+
+def test_lion_has_no_weight_decay_on_vectors():
+    """The same rule as in train_imagenet.py."""
+    network = train_cifar.build_projector(8, 4)
+    decayed, undecayed = build_optimizer(train_cifar.parse_args(["--device", "cpu", "--optimizer", "lion"]), network).param_groups
+    assert decayed["weight_decay"] == 0.5 and undecayed["weight_decay"] == 0
+    assert {p.ndim for p in decayed["params"]} == {2} and {p.ndim for p in undecayed["params"]} == {1} and len(undecayed["params"]) == 3
+
+
+def test_batch_norm_alone_has_no_weight_decay_under_sgd(model):
     decayed, undecayed = build_optimizer(train_cifar.parse_args(["--device", "cpu"]), model).param_groups
     assert decayed["weight_decay"] == 5e-4 and undecayed["weight_decay"] == 0
     norms = {p for m in model.modules() if isinstance(m, nn.BatchNorm2d) for p in m.parameters()}

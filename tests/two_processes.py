@@ -45,12 +45,12 @@ def steps(folder):
     for script, args, data, teacher in ((train_cifar, cifar_args, cifar_data, cifar_teacher), (train_imagenet, args, data, teacher)):
         batch = data.batch if script is train_cifar else lambda step: data.batch(step, next(data.load(step, step + 1)), teacher.latent_shape)
         build = lambda: script.build_run(args, torch.device("cpu") if script is train_cifar else data, teacher)
-        attack_steps, args.attack_steps = args.attack_steps, 0
+        attack, script.trades_attack = script.trades_attack, lambda model, images, start, *settings: start
         run = build()
         numbers = script.train_step(*run[:3], teacher, run[3], batch(0), 0.0, args)
         loss = script.all_reduce(numbers["loss"].clone()) / WORLD
         results[script.__name__] = {"loss": loss, "gradient": flat((run[0], run[2]), gradients=True)}
-        args.attack_steps, run = attack_steps, build()
+        script.trades_attack, run = attack, build()
         for step in range(3):
             script.train_step(*run[:3], teacher, run[3], batch(step), 0.5, args)
             weights = flat(run[:3])
