@@ -14,7 +14,6 @@ import torch
 import train_cifar
 import train_imagenet
 from kill_twenty_times import differences
-from train_cifar import InputError, locked, noted_signals
 
 ROOT = Path(__file__).parent.parent
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}  # the order of sums depends on the number of threads
@@ -79,12 +78,15 @@ def test_an_evaluation_stops_at_once_and_keeps_what_is_finished(tmp_path, number
     assert process.returncode == code and "Traceback" not in errors and (tmp_path / "out" / "clean_00000.npz").exists()
 
 
-def test_signals_are_noted_only_while_training_and_the_second_one_counts():
-    before = signal.getsignal(signal.SIGTERM)
-    with noted_signals() as noted:
+@pytest.mark.parametrize("script", [train_cifar, train_imagenet], ids=lambda script: script.__name__)
+def test_a_signal_is_only_noted_and_the_second_one_ends_the_process(script):
+    before = signal.signal(signal.SIGTERM, script.note_signal)
+    try:
         os.kill(os.getpid(), signal.SIGTERM)
-        assert noted == [signal.SIGTERM] and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    assert signal.getsignal(signal.SIGTERM) == before
+        assert script.SIGNALS == [signal.SIGTERM] and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        script.SIGNALS.clear()
 
 
 @pytest.mark.parametrize("undisturbed", ["train_cifar.py"], indirect=True)
@@ -122,13 +124,12 @@ def test_a_full_disk_is_one_clear_line_and_leaves_the_last_checkpoint(tmp_path):
 def test_a_second_run_in_the_same_folder_is_refused_and_a_killed_one_locks_nothing(tmp_path):
     process = start("train_cifar.py", tmp_path)
     wait_for(tmp_path / "last.pt", process)
-    with pytest.raises(InputError, match="another run is at work there"):
-        with locked(tmp_path):
-            pass
+    _, errors = (second := start("train_cifar.py", tmp_path)).communicate(timeout=120)
+    assert second.returncode == 2 and errors == f"error: --out {tmp_path}: another run is at work there\n"
     process.kill()
     process.communicate(timeout=120)
-    with locked(tmp_path):
-        pass
+    _, errors = (third := start("train_cifar.py", tmp_path)).communicate(timeout=120)
+    assert third.returncode == 0, errors
 
 
 def test_a_loss_that_is_not_finite_names_step_terms_and_the_last_good_checkpoint(tmp_path):

@@ -47,7 +47,7 @@ def test_two_processes_log_and_save_once_and_one_continues(tmp_path):
     assert [row["step"] for row in csv.DictReader(open(tmp_path / "log.csv"))] == ["2", "4", "6", "8", "10", "12"]
 
 
-def test_one_process_that_dies_takes_the_others_down_with_a_message(tmp_path):
+def test_one_process_that_dies_takes_the_others_down(tmp_path):
     done = torchrun("tests/two_processes.py", "die", tmp_path)
-    assert done.returncode != 0 and "another process has stopped" in done.stderr, done.stderr
+    assert done.returncode != 0, done.stderr
     assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] == 2, "what was saved before is whole"

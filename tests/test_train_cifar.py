@@ -74,14 +74,21 @@ def test_without_last_pt_a_run_continues_from_best_pt(finished, tmp_path):
     assert_same(tmp_path / "last.pt", finished / "last.pt")
 
 
-def test_a_better_best_pt_than_last_pt_knows_is_kept(finished, tmp_path):
-    """As after a kill between the two writes, where repeating the steps (on CUDA) does not reach the same score."""
-    early = torch.load(finished / "last.pt", weights_only=True) | {"step": 6, "best": -1.0}
-    torch.save(early, tmp_path / "last.pt")
-    torch.save(torch.load(finished / "best.pt", weights_only=True) | {"best": 100.0}, tmp_path / "best.pt")
-    before = (tmp_path / "best.pt").read_bytes()
-    main([*EIGHT_STEPS, "--out", str(tmp_path)])
-    assert (tmp_path / "best.pt").read_bytes() == before and torch.load(tmp_path / "last.pt", weights_only=True)["best"] == 100.0
+def test_other_images_under_the_same_name_are_refused_and_a_moved_file_is_not(tmp_path):
+    """The images themselves are compared, by a checksum, and not where they lie."""
+    def write(folder, seed):
+        folder.mkdir(exist_ok=True)
+        for split in ("train", "test"):
+            images, labels = train_cifar.draw_smoke_images(80, seed)
+            np.savez(folder / f"{split}.npz", image=images, label=labels)
+    write(tmp_path / "here", seed=0)
+    write(tmp_path / "there", seed=0)
+    flags = ["--device", "cpu", "--arch", "wrn-10-1", "--batch-size", "36", "--attack-steps", "0", "--dra-weight", "0", "--max-steps", "2", "--out", str(tmp_path / "out")]
+    main([*flags, "--data-dir", str(tmp_path / "here")])
+    main([*flags, "--data-dir", str(tmp_path / "there")])
+    write(tmp_path / "here", seed=1)
+    with pytest.raises(InputError, match="images .* there, .* now"):
+        main([*flags, "--data-dir", str(tmp_path / "here")])
 
 
 def test_of_equally_good_evaluations_the_later_one_stays(tmp_path, monkeypatch):
@@ -125,7 +132,7 @@ def test_a_failing_write_leaves_the_old_checkpoint(tmp_path):
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing(tmp_path, capsys):
     with pytest.raises(FloatingPointError, match=r"not finite.* step \d.*last good checkpoint: none"):
-        main([*SMALL, "--max-steps", "8", "--lr", "900000", "--out", str(tmp_path)])
+        main([*SMALL, "--max-steps", "8", "--lr", "900000", "--save-every", "2", "--eval-every", "2", "--out", str(tmp_path)])
     assert not (tmp_path / "last.pt").exists()
 
 
@@ -197,14 +204,14 @@ def bad_flags(folder):
     tiny = str(FIXTURES / "edm_tiny_cond_vp.pkl")
     return [
         (["--arch", "resnet-18"], "--arch resnet-18"),
-        (["--eps", "255"], "--eps: 255: expected a number such as 8/255, at least 0 and below 1"), (["--eps", "-1/255"], "--eps"), (["--eps", "8/0"], "--eps"), (["--eps", "nan"], "--eps"), (["--eps", "x"], "--eps"),
-        (["--step-size", "0"], "--step-size"), (["--attack-steps", "-1"], "--attack-steps: -1"), (["--attack-steps", "2.5"], "whole number"),
+        (["--eps", "255"], "--eps 255.0: expected 0 to 1"), (["--eps", "-1/255"], "--eps"), (["--eps", "8/0"], "--eps"), (["--eps", "nan"], "--eps"), (["--eps", "x"], "--eps"),
+        (["--step-size", "0"], "--step-size"), (["--attack-steps", "-1"], "--attack-steps -1"), (["--attack-steps", "2.5"], "invalid int value: '2.5'"),
         (["--epochs", "0"], "--epochs"), (["--max-steps", "-5"], "--max-steps"), (["--max-steps", "ten"], "--max-steps"),
         (["--batch-size", "5000"], "--batch-size 5000"), (["--batch-size", "1"], "--batch-size"),
         (["--lr", "0"], "--lr"), (["--lr", "inf"], "--lr"), (["--weight-decay", "-1"], "--weight-decay"), (["--beta", "-1"], "--beta"),
         (["--label-smoothing", "1"], "--label-smoothing"), (["--ema-decay", "1.5"], "--ema-decay"), (["--seed", "-1"], "--seed"),
         (["--dra-weight", "-1"], "--dra-weight"), (["--teacher-sigma", "0"], "--teacher-sigma"), (["--save-every", "0"], "--save-every"),
-        (["--synthetic-fraction", "1.5", "--synthetic", tiny], "--synthetic-fraction: 1.5"), (["--synthetic-fraction", "0.5"], "--synthetic FILE"),
+        (["--synthetic-fraction", "1.5", "--synthetic", tiny], "--synthetic-fraction 1.5"), (["--synthetic-fraction", "0.5"], "--synthetic FILE"),
         (["--synthetic", str(folder / "none.npz")], "none.npz"), (["--synthetic", tiny], "edm_tiny_cond_vp.pkl"),
         (["--optimizer", "adam"], "--optimizer"), (["--dataset", "mnist"], "--dataset"), (["--nonsense"], "--nonsense"),
         (["--teacher", str(folder / "none.pkl")], "none.pkl"), (["--teacher", str(folder / "page.pkl")], "page.pkl"),
@@ -213,21 +220,24 @@ def bad_flags(folder):
     ], [(["--data-dir", str(folder / "half"), "--dra-weight", "0"], "test.npz")]
 
 
-def test_bad_flags_give_one_line_and_write_nothing(tmp_path):
-    """In-process: the message. That the command line turns it into one line and exit code 2 is tested below."""
+def test_bad_flags_and_files_are_named_and_write_nothing(tmp_path, capsys):
+    """In-process: for flags argparse's own message and exit code 2, for files an error that the command line turns into the same."""
     with_smoke, without = bad_flags(tmp_path)
     for flags, named in [(["--smoke", *flags], named) for flags, named in with_smoke] + without:
         out = [] if "--out" in flags else ["--out", str(tmp_path / "never")]
-        with pytest.raises((InputError, OSError)) as caught:
+        with pytest.raises((InputError, OSError, SystemExit)) as caught:
             main([*flags, "--device", "cpu", *out])
-        assert named in str(caught.value) and "\n" not in str(caught.value), (flags, str(caught.value))
+        message = capsys.readouterr().err.splitlines()[-1] if isinstance(caught.value, SystemExit) else str(caught.value)
+        assert named in message and "\n" not in message, (flags, message)
+        assert not isinstance(caught.value, SystemExit) or caught.value.code == 2
     assert not (tmp_path / "never").exists()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="asks for CUDA where there is none")
-def test_cuda_is_refused_where_there_is_none():
-    with pytest.raises(InputError, match="--device cuda"):
+def test_cuda_is_refused_where_there_is_none(capsys):
+    with pytest.raises(SystemExit):
         parse_args(["--device", "cuda"])
+    assert "--device cuda: there is no CUDA device" in capsys.readouterr().err
 
 
 def test_the_command_line_exits_with_2_and_one_line(tmp_path):
