@@ -163,7 +163,7 @@ def load_classifier(path, arch=None, dataset=None, script=None, weights="average
         raise InputError(f"{path}: classifies into {classes} classes, {dataset} has {benchmark.classes}")
     script = Path(script or Path(__file__).with_name(benchmark.script))
     last = {"pretrained": False} if dataset == "imagenet" else {"dataset": dataset}
-    # This runs the script as `import` would. It is code that the user named; a checkpoint cannot name any.
+    # This runs the script as `import` would. It is code that the user chose; a checkpoint cannot name any.
     build_model = runpy.run_path(str(script))["build_model"]
     try:
         model = build_model(arch, classes, **last)
@@ -311,8 +311,8 @@ def run_attack(attack, model, attacker, images, labels, survivors, folder, batch
         x, y = images[index].to(device), labels[index].to(device)
         torch.manual_seed(attacker.seed)  # as attacks do; here for models that are random themselves
         adversarial = x if attack == "clean" else perturb(attacker, attack, x, y)
-        # The verdict is a forward pass of the whole batch, as in the library. The attack's own idea of its
-        # success comes from smaller batches, whose sums may be rounded otherwise.
+        # The verdict is a forward pass of the whole batch, as in the library. What the attack itself took for
+        # a success was seen in smaller batches, whose sums may be rounded otherwise.
         predicted = predict(model, adversarial)
         broken = predicted != y
         kept = x[:0] if attack == "clean" else adversarial[broken]
@@ -373,15 +373,17 @@ def evaluate(model, images, labels, folder, eps, attacks=None, version="standard
     adversarial [N, 3, H, W]: x' where one was found, x elsewhere
     flags: the library's warnings, see `check_model`
     """
-    # eps counts on the [0, 1] scale, and attacks clamp x' to it. On normalised images all would run smoothly
-    # and give a wrong number.
+    # eps is a distance on the [0, 1] scale, and attacks clamp x' to that scale. With normalised images
+    # everything would run smoothly and give a wrong number.
     if images.dtype != torch.float32 or not (images.min() >= 0 and images.max() <= 1):
         limits = f"[{images.min():g}, {images.max():g}]"
         raise InputError(f"images have to be float32 in [0, 1], not {images.dtype} in {limits}")
     attacker = pyautoattack.AutoAttack(model, norm="Linf", eps=eps, version=version, seed=seed,
                                        device=next(model.parameters()).device)
+    # The library warns through its logger, that is, on the terminal, where nobody looks next week. This keeps
+    # its warnings with the result.
     flags = []
-    attacker.logger.warning = flags.append  # all that the library has to say to us comes through here
+    attacker.logger.warning = flags.append
     check_model(model, images, labels, batch_size, attacker)
     attacks, count = list(attacks or attacker.attacks_to_run), len(labels)
     result = SimpleNamespace(attacks=attacks, accuracy={}, seconds={}, flags=[],
