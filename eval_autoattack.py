@@ -1,30 +1,48 @@
 """AutoAttack on any checkpoint: the number that this field trusts, made exact, resumable and hard to fool.
 
-    python eval_autoattack.py runs/cifar/best.pt --data-dir data            # CIFAR test set, four attacks
-    python eval_autoattack.py weights-best.pt --arch wrn-28-10 --dataset cifar10         # DM-AT's or RobustBench's file
-    python eval_autoattack.py runs/imagenet/best.pt --data-dir imagenet --image-list imagenet_test_image_ids.txt  # RobustBench's 5,000
-    torchrun --nproc-per-node 8 -- eval_autoattack.py runs/cifar/best.pt    # the same result on eight GPUs
+    python eval_autoattack.py runs/cifar/best.pt --data-dir data              # CIFAR's test set, four attacks
+    python eval_autoattack.py weights.pt --arch wrn-28-10 --dataset cifar10   # DM-AT's or RobustBench's file
+    python eval_autoattack.py runs/imagenet/best.pt --data-dir imagenet --image-list robustbench_5000.txt
+    python eval_autoattack.py best.pt --script my_copy.py                     # a network of your own
+    torchrun --nproc-per-node 8 -- eval_autoattack.py runs/cifar/best.pt      # eight GPUs, the same result
 
-AutoAttack (Croce & Hein 2020, arXiv 2003.01690; package pyautoattack, by its authors) runs APGD-CE, targeted APGD-DLR, targeted
-FAB and Square, each on the images that survived the ones before. An image counts as robust if it is classified correctly and
-none of the four finds an image within eps that is not.
+An image x is robust if the classifier is right about it and about every x' with max |x' - x| <= eps. Nobody
+can try every x', so an attack searches for one that is misclassified. An attack that fails proves nothing:
+what it leaves is an upper bound, and a weak attack leaves a flattering one. AutoAttack (Croce & Hein 2020,
+arXiv 2003.01690; the package pyautoattack is by its authors) therefore takes, image by image, the worst case
+over four attacks that fail for different reasons and have no settings that one could choose to one's
+advantage:
 
-This script runs the library's own attacks in the library's own order, batch by batch, and keeps each finished batch on disk:
-adversarial images and results. A kill loses at most the batch at work; the same command continues.
+    apgd-ce  100 steps of PGD on the cross-entropy, with momentum. The step size halves where progress stalls.
+    apgd-t   The same on the DLR loss, (z_t - z_y) / (z_(1) - (z_(3) + z_(4)) / 2), where y is the label and
+             z_(k) the k-th largest logit; once for each of the nine likeliest wrong classes t. A factor on
+             all logits cancels. So a network cannot hide behind large logits, which leave the cross-entropy
+             without a gradient.
+    fab-t    Looks for the nearest point beyond the border to each of those nine classes, on a linearised
+             border. It makes |x' - x| small instead of a loss large, and counts if it ends within eps.
+    square   5,000 random squares, each kept if it helps. It needs no gradient, and so it still works where a
+             network's gradients lead nowhere.
 
-How far this equals `AutoAttack.run_standard_evaluation` on the same model, images, seed and batch size: image by image, bit for
-bit, as far as the model itself computes the same twice (a CPU with the same number of threads does; on CUDA some kernels, such as attention's
-backward pass, may not). The library seeds its generators anew before every batch of every attack and draws from nothing else, so
-what an attack does to a batch depends on that batch alone; and the batches are the same ones, consecutive survivors. That holds
-after a kill, and for several processes, which share out whole batches. It does not hold for another batch size, nor for a model
-that is random itself (--version rand), whose verdicts cannot be repeated.
+Each attack gets only the images that survived those before. What is broken stays broken, so another try would
+cost time and change no verdict.
+
+This script runs the library's own attacks in the library's own order, batch by batch, and keeps each finished
+batch on disk. A kill loses at most the batch at work, and the same command continues. The result is that of
+`AutoAttack.run_standard_evaluation` on the same model, images, seed and batch size: bit for bit, every x'.
+
+Why the batch is the unit: inside it, images share random numbers (Square even puts its square at the same
+place in all of them). What happens to an image depends on its companions and on its place among them. But the
+library seeds torch's generators anew before every batch of every attack, so batches know nothing of each
+other, and each can be done on another day or by another process. Another --batch-size is another draw, as
+good as the first. Two exceptions: on CUDA some kernels, such as attention's backward pass, do not take their
+sums in the same order twice; and the verdicts on a model that is random itself (--version rand) cannot be
+repeated.
 """
 import argparse
 import hashlib
-import importlib.util
 import json
-import logging
 import os
+import runpy
 import signal
 import sys
 import time
@@ -41,21 +59,23 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Settings
+# ------------------------------------------------------------------------------------------------------------
+# Settings: what RobustBench fixes for each data set, and the command line.
 
-BENCHMARKS = {  # RobustBench's: number of classes, eps, and the training script whose build_model makes the network
-    "cifar10": SimpleNamespace(classes=10, eps="8/255", script="train_cifar.py"),
-    "cifar100": SimpleNamespace(classes=100, eps="8/255", script="train_cifar.py"),
-    "imagenet": SimpleNamespace(classes=1000, eps="4/255", script="train_imagenet.py"),
+# RobustBench's number of classes, eps (pixels lie in [0, 1]) and number of test images, and the training
+# script whose build_model makes the network. ImageNet's 5,000 are a fixed list out of the 50,000 validation
+# images.
+BENCHMARKS = {
+    "cifar10": SimpleNamespace(classes=10, eps="8/255", images=10_000, script="train_cifar.py"),
+    "cifar100": SimpleNamespace(classes=100, eps="8/255", images=10_000, script="train_cifar.py"),
+    "imagenet": SimpleNamespace(classes=1000, eps="4/255", images=5_000, script="train_imagenet.py"),
 }
-FULL_TEST_SET = {"cifar10": 10_000, "cifar100": 10_000, "imagenet": 5_000}  # images; ImageNet: RobustBench's list
 ATTACKS = ("apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t", "square")
-TOLERANCE = 1e-6  # by which |x' - x| may exceed eps: float32 rounding of x + eps near 1 is 6e-8
+TOLERANCE = 1e-6  # by which |x' - x| may exceed eps: float32 rounds x + eps near 1 by up to 6e-8
 
 
 class InputError(ValueError):
-    """Something that the user gave cannot be used. One line; the command line prints it and exits with code 2."""
+    """A file that cannot be used. One line that names it; the command line exits with code 2."""
 
 
 class VerificationError(RuntimeError):
@@ -71,149 +91,378 @@ def fraction(text):
 
 
 def parse_args(argv=None):
-    """Command line -> Namespace. Raises InputError for a flag that is unknown or out of range."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
-    parser.error = _raise_input_error  # one line and exit code 2, without the usage text
+    """Command line -> Namespace. A bad flag ends in argparse's usage text and exit code 2."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False,
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
+    # What is judged.
     add("checkpoint", help="of these scripts, of DM-AT, or of RobustBench")
     add("--arch", help="as in the training script; taken from the checkpoint if it says so")
     add("--dataset", choices=list(BENCHMARKS), help="taken from the checkpoint if it says so")
     add("--script", help="a modified copy of a training script, whose build_model makes the network")
-    add("--weights", choices=["averaged", "raw"], default="averaged", help="which of the two that a checkpoint holds")
-    add("--data-dir", default="data", help="CIFAR: as in train_cifar.py; ImageNet: folder with val/ and a folder per class in it")
-    add("--image-list", help="ImageNet: file with one relative path per line, such as RobustBench's list of 5,000")
+    add("--weights", choices=["averaged", "raw"], default="averaged", help="which set of a checkpoint's two")
+    # On which images.
+    add("--data-dir", default="data", help="CIFAR: as in train_cifar.py; ImageNet: a folder with val/ in it")
+    add("--image-list", help="ImageNet: a file with one path per line, such as RobustBench's list of 5,000")
     add("--n", type=int, help="only the first N images")
-    add("--eps", type=fraction, help="largest change of a pixel in [0,1] (default: RobustBench's, 8/255 and for ImageNet 4/255)")
-    add("--version", choices=["standard", "plus", "rand"], default="standard", help="AutoAttack's sets of attacks")
+    # By which attacks.
+    add("--eps", type=fraction, help="largest change of a pixel in [0, 1]; if not given, RobustBench's")
+    add("--version", choices=["standard", "plus", "rand"], default="standard", help="set of attacks")
     add("--attacks", nargs="+", choices=ATTACKS, help="only these, with the settings of --version")
     add("--batch-size", type=int, default=250, help="images attacked together")
     add("--seed", type=int, default=0, help="of the attacks")
-    add("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu", help="where to run")
+    # Where.
+    cuda = torch.cuda.is_available()
+    add("--device", choices=["cuda", "cpu"], default="cuda" if cuda else "cpu", help="where to run")
     add("--tf32", action="store_true", help="allow TF32 on CUDA: faster, and no longer float32")
-    add("--out", help="folder for result.json, images.npz and the finished batches (default: CHECKPOINT.autoattack)")
+    add("--out", help="folder of results and finished batches; if not given, CHECKPOINT.autoattack")
     args = parser.parse_args(argv)
-    for name in ("n", "batch_size"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected at least 1")
-    if args.eps is not None and not 0 < args.eps < 1:
-        raise InputError(f"--eps {args.eps}: expected more than 0 and less than 1, such as 8/255")
-    if not 0 <= args.seed < 2**63:
-        raise InputError(f"--seed {args.seed}: expected at least 0 and less than 2^63")
-    if args.attacks and len(set(args.attacks)) < len(args.attacks):
-        raise InputError(f"--attacks {' '.join(args.attacks)}: expected each attack once")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda: no CUDA device is available here; use --device cpu")
+    attacks = args.attacks or []
+    checks = [
+        (args.n is None or args.n >= 1, f"--n {args.n}: expected at least 1"),
+        (args.eps is None or 0 < args.eps < 1, f"--eps {args.eps}: expected between 0 and 1, such as 8/255"),
+        (len(set(attacks)) == len(attacks), f"--attacks {' '.join(attacks)}: expected each attack once"),
+        (args.batch_size >= 1, f"--batch-size {args.batch_size}: expected at least 1"),
+        (0 <= args.seed < 2**63, f"--seed {args.seed}: expected at least 0 and less than 2^63"),
+        (cuda or args.device == "cpu", "--device cuda: no CUDA device is available here; use --device cpu"),
+    ]
+    for passed, message in checks:
+        if not passed:
+            parser.error(message)
     return args
 
 
-def _raise_input_error(message):
-    raise InputError(message)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Checkpoint -> classifier
+# ------------------------------------------------------------------------------------------------------------
+# From a checkpoint to a classifier: the network that the training script builds, with the file's weights.
 
 
 def load_classifier(path, arch=None, dataset=None, script=None, weights="averaged"):
-    """A classifier in evaluation mode, frozen, float32, channels-last, on the CPU: images [B, 3, H, W] in [0, 1] -> logits [B, classes].
+    """A frozen classifier in evaluation mode, on the CPU: images [B, 3, H, W] in [0, 1] -> logits [B, K].
 
-    path: a checkpoint of these scripts, DM-AT's (`model_state_dict`, keys may begin with "module.0.") or RobustBench's for CIFAR (weights
-    bare or under `state_dict`). arch and dataset: in place of what the checkpoint says, necessary where it says nothing. script: a
-    training script whose `build_model` makes the network, by default the one for the dataset. weights: "averaged" or "raw".
-    Loading is strict and runs nothing that is in the file. The returned module has `info`: arch, dataset, weights, num_classes,
-    script, and args, the settings of the training run ({} in foreign files). Raises InputError, one line that names the file.
+    path: a checkpoint of these scripts, DM-AT's, or RobustBench's for CIFAR. arch and
+    dataset: in place of what the file says; necessary where it says nothing. script: a training script whose
+    `build_model` makes the network, by default ours for the data set. weights: "averaged" (over training's
+    steps; these are the ones to report) or "raw". The module has `info`: arch, dataset, weights, num_classes,
+    script, and args, the settings of the training run ({} in files of others). Raises InputError, one line
+    that names the file, and OSError where it cannot be opened.
+
+    The network stays in float32 and uncompiled. Attacks end close to ties between two logits. With bfloat16's
+    8 bits such logits become equal and small gradients zero, and an attack that stumbles looks like
+    robustness. A compiled forward pass makes AutoAttack believe that the model computes gradients at test
+    time.
     """
     saved = read_checkpoint(path)
-    arch, dataset, settings = arch or saved.get("arch"), dataset or saved.get("dataset"), saved.get("args")
-    known = isinstance(dataset, str) and dataset in BENCHMARKS
+    arch, dataset = arch or saved.get("arch"), dataset or saved.get("dataset")
+    known = dataset in list(BENCHMARKS)
     if not known or not isinstance(arch, str):
-        raise InputError(f"{path}: does not say its {'arch' if known else 'dataset'}; give --arch (such as wrn-28-10) and --dataset")
-    state, classes = choose_weights(path, saved, weights), BENCHMARKS[dataset].classes
-    if dataset == "imagenet" and isinstance(saved.get("num_classes"), int):  # or a part of its classes
-        classes = saved["num_classes"]
-    elif script is None and isinstance(saved.get("num_classes"), int) and saved["num_classes"] != classes:
-        raise InputError(f"{path}: classifies into {saved['num_classes']} classes, {dataset} has {classes}")
-    script = Path(script or Path(__file__).with_name(BENCHMARKS[dataset].script))
+        lacking = "arch" if known else "dataset"
+        raise InputError(f"{path}: does not say its {lacking}; give --arch (such as wrn-28-10) and --dataset")
+    benchmark = BENCHMARKS[dataset]
+    classes = saved.get("num_classes", benchmark.classes)
+    if classes != benchmark.classes and dataset != "imagenet":  # there, one may train on a part of them
+        raise InputError(f"{path}: classifies into {classes} classes, {dataset} has {benchmark.classes}")
+    script = Path(script or Path(__file__).with_name(benchmark.script))
     last = {"pretrained": False} if dataset == "imagenet" else {"dataset": dataset}
+    # This runs the script as `import` would. It is code that the user chose; a checkpoint cannot name any.
+    build_model = runpy.run_path(str(script))["build_model"]
     try:
-        model = import_script(script).build_model(arch, classes, **last)
-    except (ValueError, TypeError) as error:
+        model = build_model(arch, classes, **last)
+    except ValueError as error:  # such as an architecture that the script does not know
         raise InputError(f"{path}: {script.name} cannot build it ({error})") from None
-    expected = model.state_dict()
-    for prefix in ("module.", "model.", "0."):  # DataParallel, a wrapper, and DM-AT's Sequential, in this order
+    state, expected = choose_weights(path, saved, weights), model.state_dict()
+    for prefix in ("module.", "model.", "0."):  # of DataParallel, a wrapper, and DM-AT's Sequential
         if state.keys() != expected.keys() and all(name.startswith(prefix) for name in state):
             state = {name.removeprefix(prefix): value for name, value in state.items()}
     check_fit(path, state, expected, f"{arch} for {dataset}")
-    model.load_state_dict(state, strict=True)
-    model.info = SimpleNamespace(arch=arch, dataset=dataset, weights=weights, num_classes=classes, script=script,
-                                 args=settings if isinstance(settings, dict) else {})
+    model.load_state_dict(state)
+    model.info = SimpleNamespace(arch=arch, dataset=dataset, weights=weights, num_classes=classes,
+                                 script=script, args=saved.get("args") or {})
+    # Evaluation mode is part of the number: a BatchNorm in training mode would mix the images of a batch, and
+    # one x' could break its neighbours.
     return model.requires_grad_(False).eval().to(memory_format=torch.channels_last)
 
 
 def read_checkpoint(path):
-    """A checkpoint's dict. Data only: torch's restricted reader runs nothing that is in the file."""
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        if isinstance(error, OSError) and error.filename:  # cannot be opened
-            raise
-        # Without torch's own text: it suggests to load with weights_only=False, which is how a hostile file gets to run.
-        raise InputError(f"{path}: damaged, or no checkpoint of tensors and plain data ({type(error).__name__})") from None
+    """A checkpoint's dict. Raises InputError where there is none in the file.
+
+    A checkpoint is a pickle, and a pickle is a small program: to load it the plain way is to run what its
+    author put in. The files that one evaluates come from strangers, so they go through torch's restricted
+    reader (`weights_only`), which takes tensors and plain data and refuses the rest.
+    """
+    with open(path, "rb") as file:
+        try:
+            saved = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:
+            # Not in torch's words: they suggest weights_only=False, which is how a hostile file gets to run.
+            kind = type(error).__name__
+            raise InputError(f"{path}: damaged, or no checkpoint of only tensors and data ({kind})") from None
     if not isinstance(saved, dict):
         raise InputError(f"{path}: holds a {type(saved).__name__}, expected a dict of weights")
     return saved
 
 
 def choose_weights(path, saved, weights):
-    """The averaged or raw weights of a checkpoint: {parameter name: tensor}, names as they are in the file."""
-    key = {"averaged": "model_state_dict", "raw": "unaveraged_model_state_dict"}[weights]
-    if key in saved:
-        state = saved[key]
-    elif weights == "raw" or "model_state_dict" in saved:
-        raise InputError(f"{path}: holds no {weights} weights ({key})")
-    else:  # RobustBench
-        state = saved.get("state_dict", saved)
-    if not isinstance(state, dict) or not state or not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state.items()):
-        raise InputError(f"{path}: holds no dict of tensors under model_state_dict, state_dict or by itself")
+    """The averaged or raw weights of a checkpoint: {parameter name: tensor}, named as in the file."""
+    if weights == "raw":
+        state = saved.get("unaveraged_model_state_dict")
+    else:  # ours and DM-AT's, or RobustBench's, or RobustBench's without any wrapping
+        state = saved.get("model_state_dict", saved.get("state_dict", saved))
+    tensors = isinstance(state, dict) and all(isinstance(value, torch.Tensor) for value in state.values())
+    if not tensors or not all(isinstance(name, str) for name in state):
+        raise InputError(f"{path}: holds no {weights} weights, no dict of tensors where they should be")
     return state
 
 
 def check_fit(path, state, expected, what):
-    """Raise InputError, one line, unless names and shapes in `state` are those in `expected`."""
-    problems = [f"lacks {name}" for name in expected if name not in state] + [f"has an unknown {name}" for name in state if name not in expected]
+    """Raise InputError unless `state` has the names and shapes of `expected`, and finite values.
+
+    A network with one layer left at its random start still classifies, only worse: nobody would notice.
+    """
+    problems = [f"lacks {name}" for name in expected if name not in state]
+    problems += [f"has an unknown {name}" for name in state if name not in expected]
     problems += [f"{name} is {list(state[name].shape)}, expected {list(expected[name].shape)}"
                  for name in expected if name in state and state[name].shape != expected[name].shape]
     problems += [f"{name} is not finite" for name, value in state.items() if not value.isfinite().all()]
     if problems:
-        raise InputError(f"{path}: is no {what}: {problems[0]}" + (f", and {len(problems) - 1} more differences" if len(problems) > 1 else ""))
+        raise InputError(f"{path}: is no {what}: {problems[0]} ({len(problems)} differences in all)")
 
 
-def import_script(path):
-    """A training script as a module. It is the user's own code, named on the command line; a checkpoint cannot name one."""
-    path = Path(path)
-    if not path.is_file():
-        raise InputError(f"{path}: no such file; --script names the training script that defines the network")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not hasattr(module, "build_model"):
-        raise InputError(f"--script {path}: defines no build_model")
-    return module
+# ------------------------------------------------------------------------------------------------------------
+# AutoAttack, batch by batch: one attack on one batch, the library's checks, one attack on all survivors.
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Images
+def predict(model, x):
+    """Predicted classes [B] of images x [B, 3, H, W]. Raises VerificationError where a logit is not finite.
+
+    From infinite logits come losses and gradients that are NaN. With these every attack ends where it began,
+    and the network would be as robust as it is accurate.
+    """
+    with torch.no_grad():
+        logits = model(x)
+    if not logits.isfinite().all():
+        raise VerificationError("the model's logits are not finite: attacks find nothing on such a model")
+    return logits.argmax(dim=1)
+
+
+def perturb(attacker, attack, x, y):
+    """One attack of the library on one batch, set up as in its own `run_standard_evaluation`.
+
+    attacker: pyautoattack.AutoAttack. x: images [B, 3, H, W] in [0, 1]; y: labels [B]. Returns x' like x,
+    which is x itself where the attack fails.
+    """
+    if attack in ("apgd-ce", "apgd-dlr"):
+        method = attacker.apgd
+        method.loss = attack.removeprefix("apgd-")
+    elif attack == "apgd-t":
+        method = attacker.apgd_targeted
+    elif attack in ("fab", "fab-t"):  # one object for both: set up each time, so that order does not matter
+        method = attacker.fab
+        method.targeted = attack == "fab-t"
+        method.n_restarts = 5 if attacker.version == "plus" and not method.targeted else 1
+    else:
+        method = attacker.square
+    method.seed = attacker.get_seed()  # with which it seeds torch's generators: batches become independent
+    with torch.no_grad():
+        return method.perturb(x, y)
+
+
+def check_model(model, images, labels, batch_size, attacker):
+    """The library's checks of the model on the first batch. It warns through its logger and goes on.
+
+    Each warning says that the true robustness may be lower than the number, for a reason of its own:
+
+    - "randomized defense": two forward passes differ, so a gradient belongs to another draw than the verdict.
+      --version rand averages gradients over 20 passes. (It expects randomness, so there is no such check.)
+    - "probability distribution": there is a softmax inside the model. In float32 it reaches 0 and 1, where it
+      has no gradient, and the cross-entropy applies another one on top.
+    - "dynamic defense": the forward pass computes gradients, as in a model that purifies its input. Attacks
+      do not see through such a loop. Only an attack that was made for this model would tell.
+    - "zero gradient" (from APGD): it does not know where to go on these images. Only Square has really tried
+    them.
+    - "Square Attack has decreased the robust accuracy" (at the end, from 0.2 points on): blind search has
+      found what gradients had not. The gradients mislead, and a better attack will find more.
+    """
+    device, logger = next(model.parameters()).device, attacker.logger
+    x, y = images[:batch_size].to(device), labels[:batch_size].to(device)
+    if attacker.version != "rand":
+        pyautoattack.checks.check_randomized(model, x, y, bs=batch_size, logger=logger)
+    classes = pyautoattack.checks.check_range_output(model, x, logger=logger)
+    pyautoattack.checks.check_dynamic(model, x, False, logger=logger)
+    if classes < 10:  # the library would warn, and then fail
+        raise InputError(f"the model has {classes} classes, expected at least 10: targeted attacks try nine")
+
+
+def run_attack(attack, model, attacker, images, labels, survivors, folder, batch_size, flags, rank=0,
+               world=1):
+    """Attack the survivors in batches, and keep every finished batch in `folder`. Returns one dict per batch.
+
+    attack: a name in ATTACKS, or "clean" for no attack. survivors: indices int64 [M] into images [N, 3, H, W]
+    and labels [N]. flags: a list of warnings so far, which are stored with the next batch. A batch of n
+    images has index [n], predicted [n], broken [n] bool, adversarial [number broken, 3, H, W], seconds,
+    flags. Raises VerificationError where a file in the folder is damaged or of other images.
+    """
+    device = next(model.parameters()).device
+    batches = survivors.split(batch_size) if len(survivors) else []
+    files = [folder / f"{attack}_{number:05d}.npz" for number in range(len(batches))]
+    missing = [number for number, file in enumerate(files) if not file.exists()]
+    wait_for_all()  # all processes have to see the same ones missing before the first of them adds one
+    for number in tqdm(missing[rank::world], desc=f"{attack:8}", unit="batch", disable=rank > 0):
+        index, since = batches[number], time.time()
+        x, y = images[index].to(device), labels[index].to(device)
+        torch.manual_seed(attacker.seed)  # as attacks do; here for models that are random themselves
+        adversarial = x if attack == "clean" else perturb(attacker, attack, x, y)
+        # The verdict is a forward pass of the whole batch, as in the library. What the attack itself took for
+        # a success was seen in smaller batches, whose sums may be rounded otherwise.
+        predicted = predict(model, adversarial)
+        broken = predicted != y
+        kept = x[:0] if attack == "clean" else adversarial[broken]
+        save_atomically(files[number], index=index.numpy(), predicted=predicted.cpu().numpy(),
+                        broken=broken.cpu().numpy(), adversarial=kept.cpu().numpy(),
+                        seconds=time.time() - since, flags=json.dumps(list(dict.fromkeys(flags))))
+        flags.clear()
+    wait_for_all()  # then each process reads the others' batches: all have to know who survived
+    return [read_batch(file, index) for file, index in zip(files, batches)]
+
+
+def wait_for_all():
+    """Wait for the other processes, if there are any."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def save_atomically(path, **arrays):
+    """numpy.savez under another name, flushed to the disk, then renamed: `path` is whole or does not exist.
+
+    What a kill or a full disk leaves under the other name is overwritten when the same command runs again.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        np.savez(file, **arrays)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def read_batch(path, index):
+    """A stored batch: dict of arrays. Raises VerificationError if damaged or of other images than `index`."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            batch = dict(file)
+    except Exception as error:  # a damaged zip file can fail in any way
+        raise VerificationError(f"{path}: damaged ({type(error).__name__}); delete it to repeat it") from None
+    if not np.array_equal(batch["index"], index.numpy()):
+        raise VerificationError(f"{path}: is of other images than this run's; did another run write there?")
+    return batch
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The evaluation: all attacks in turn, and a check of what they left.
+
+
+def evaluate(model, images, labels, folder, eps, attacks=None, version="standard", batch_size=250, seed=0,
+             rank=0, world=1):
+    """Clean accuracy, then each attack on the survivors of those before. Continues from what `folder` has.
+
+    model: see `load_classifier`. images float32 [N, 3, H, W] in [0, 1] and labels int64 [N], on the CPU.
+    attacks: None for all of `version`. Raises InputError for images outside [0, 1]. Returns SimpleNamespace:
+
+    attacks: their names, in order
+    accuracy, seconds: {"clean" and each attack: percent of images left; time that it took}
+    broken_by [N] int: 0 misclassified without any attack, k broken by the k-th attack, -1 robust
+    predicted [N]: the class of x' where one was found, of x elsewhere
+    adversarial [N, 3, H, W]: x' where one was found, x elsewhere
+    flags: the library's warnings, see `check_model`
+    """
+    # eps is a distance on the [0, 1] scale, and attacks clamp x' to that scale. With normalised images
+    # everything would run smoothly and give a wrong number.
+    if images.dtype != torch.float32 or not (images.min() >= 0 and images.max() <= 1):
+        limits = f"[{images.min():g}, {images.max():g}]"
+        raise InputError(f"images have to be float32 in [0, 1], not {images.dtype} in {limits}")
+    attacker = pyautoattack.AutoAttack(model, norm="Linf", eps=eps, version=version, seed=seed,
+                                       device=next(model.parameters()).device)
+    # The library warns through its logger, that is, on the terminal, where nobody looks next week. This keeps
+    # its warnings with the result.
+    flags = []
+    attacker.logger.warning = flags.append
+    check_model(model, images, labels, batch_size, attacker)
+    attacks, count = list(attacks or attacker.attacks_to_run), len(labels)
+    result = SimpleNamespace(attacks=attacks, accuracy={}, seconds={}, flags=[],
+                             broken_by=torch.full((count,), -1),
+                             predicted=torch.empty(count, dtype=torch.int64), adversarial=images.clone())
+    for number, attack in enumerate(["clean", *attacks]):
+        survivors = (result.broken_by == -1).nonzero().squeeze(1)
+        batches = run_attack(attack, model, attacker, images, labels, survivors, folder, batch_size, flags,
+                             rank, world)
+        for batch in batches:
+            index, predicted, broken, adversarial = [
+                torch.from_numpy(batch[name]) for name in ("index", "predicted", "broken", "adversarial")]
+            result.broken_by[index[broken]] = number
+            if attack == "clean":
+                result.predicted[index] = predicted
+            else:
+                result.predicted[index[broken]] = predicted[broken]
+                result.adversarial[index[broken]] = adversarial
+            result.flags += json.loads(str(batch["flags"]))
+        result.accuracy[attack] = left = 100 * (result.broken_by == -1).sum().item() / count
+        result.seconds[attack] = seconds = float(sum(batch["seconds"] for batch in batches))
+        if rank == 0:
+            print(f"{attack:9} {left:6.2f} % left   {seconds:8.1f} s", flush=True)
+    shares = {attack: percent / 100 for attack, percent in result.accuracy.items()}
+    pyautoattack.checks.check_square_sr(shares, logger=attacker.logger)
+    result.flags = list(dict.fromkeys(result.flags + flags))  # each once
+    return result
+
+
+def verify(model, images, labels, result, eps, batch_size, random=False):
+    """Check the result against the stored images: every x' within eps and in [0, 1], and every verdict again.
+
+    The recount trusts neither attacks nor files. An x' outside the ball is no adversarial example, and a file
+    may come from another model. Raises VerificationError. A model that is `random` itself may change its
+    verdicts. Returns how many it changed.
+    """
+    distance = (result.adversarial - images).abs().amax(dim=(1, 2, 3))  # [N]: max |x' - x|
+    far = int((~(distance <= eps + TOLERANCE)).sum())  # written so that NaN counts
+    if far:
+        raise VerificationError(f"{far} adversarial images are further than eps {eps:g}: {distance.max():g}")
+    low, high = result.adversarial.min(), result.adversarial.max()
+    if not (low >= 0 and high <= 1):
+        raise VerificationError(f"adversarial images leave [0, 1]: {low:g} to {high:g}")
+    # Stage by stage (0 is the clean pass), in the batches of the attack, with x' in place of x where one was
+    # found. Rounding can depend on a batch's size, and in other batches a near tie could fall the other way.
+    device, different = next(model.parameters()).device, 0
+    for number in range(len(result.attacks) + 1):
+        entered = (result.broken_by >= number) | (result.broken_by == -1)
+        for index in entered.nonzero().squeeze(1).split(batch_size):
+            broken_here = result.broken_by[index] == number
+            x = images[index].clone()
+            if number > 0:
+                x[broken_here] = result.adversarial[index][broken_here]
+            wrong = (predict(model, x.to(device)).cpu() != labels[index]) != broken_here
+            different += int(wrong.sum())
+            if wrong.any() and not random:
+                raise VerificationError(f"{int(wrong.sum())} verdicts do not repeat, the first on image "
+                                        f"{int(index[wrong][0])}: stored images and results disagree")
+    return different
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Images: each benchmark's test set, with pixels in [0, 1]. Normalisation is part of the model, since eps is
+# not measured in normalised units.
 
 
 def load_images(args, info, split="test"):
-    """The first args.n images of a split, float32 [N, 3, H, W] in [0, 1], and labels int64 [N], on the CPU. info: as `load_classifier` leaves
-    it; split: "test" or, for CIFAR, "train"."""
+    """The first args.n images of a split, float32 [N, 3, H, W] in [0, 1], and labels int64 [N], on the CPU.
+
+    info: as `load_classifier` leaves it. split: "test" or, for CIFAR, "train". Raises InputError.
+    """
     if info.dataset == "imagenet":
         if split != "test":
             raise InputError(f"ImageNet: only the test images are read, not {split}")
-        return load_imagenet(Path(args.data_dir), args.image_list, args.n, info.num_classes, info.args.get("image_size", 224), info.args.get("classes"))
+        return load_imagenet(Path(args.data_dir), args.image_list, args.n, info.num_classes,
+                             info.args.get("image_size", 224), info.args.get("classes"))
     import train_cifar
-    source = SimpleNamespace(dataset=info.dataset, data_dir=args.data_dir, smoke=info.args.get("smoke") is True, seed=info.args.get("seed", 0))
+    source = SimpleNamespace(dataset=info.dataset, data_dir=args.data_dir,
+                             smoke=info.args.get("smoke") is True, seed=info.args.get("seed", 0))
     try:
         part = train_cifar.load_real(source, split).to("cpu", end=args.n)
     except train_cifar.InputError as error:
@@ -222,368 +471,173 @@ def load_images(args, info, split="test"):
 
 
 def load_imagenet(folder, image_list, n, num_classes=1000, image_size=224, class_names=None):
-    """RobustBench's protocol: shorter side to 256, centre crop 224 (in proportion for another image_size); the listed images, else
-    all of val/ in order.
+    """RobustBench's protocol: shorter side to 256, centre crop of 224 (in proportion for another image_size).
 
-    Class numbers are the positions of the class folders in sorted order, and class_names, if the checkpoint has them, the names that
-    these have to have. A listed path is relative to `folder` or to its val/.
+    folder: has val/, and in it a folder for each class. image_list: a file with a path per line, relative to
+    `folder` or to val/; None for all of val/ in order. n: only the first n; None for all. The number of a
+    class is the place of its folder in sorted order, so other folders would shift all labels: there have to
+    be num_classes, with class_names, if the checkpoint knows their names. Returns images float32 [N, 3, H, W]
+    in [0, 1] and labels int64 [N]. Raises InputError, and OSError where val/ or the list is not there.
     """
     from torchvision import datasets, transforms
-    if not isinstance(image_size, int) or not 32 <= image_size < 4096:
-        raise InputError(f"the checkpoint's image_size is {image_size}, expected 32 to 4095")
-    if not (folder / "val").is_dir():
-        raise InputError(f"--data-dir {folder}: has no folder val/")
-    names = sorted(entry.name for entry in (folder / "val").iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    classes = {name: i for i, name in enumerate(names)}
-    if len(classes) != num_classes:
-        raise InputError(f"--data-dir {folder}: val/ has {len(classes)} class folders, expected {num_classes}")
-    if class_names is not None and class_names != names:
-        raise InputError(f"--data-dir {folder}: the class folders in val/ have other names than those that the checkpoint was trained on")
+    val = datasets.ImageFolder(folder / "val", allow_empty=True)
+    if len(val.classes) != num_classes:
+        raise InputError(f"{val.root}: has {len(val.classes)} class folders, expected {num_classes}")
+    if class_names not in (None, val.classes):
+        raise InputError(f"{val.root}: the class folders have other names than in the checkpoint's training")
     if image_list is None:
-        paths = [path for name in names for path in sorted((folder / "val" / name).iterdir()) if path.name.lower().endswith(datasets.folder.IMG_EXTENSIONS)]
-        if n is None and len(paths) > 10_000:
-            raise InputError(f"--data-dir {folder}: val/ has {len(paths):,} images, expected --image-list (RobustBench's 5,000) or --n, since all are held in memory")
+        paths = [Path(path) for path, _ in val.samples]
+        if n is None and len(paths) > 10_000:  # all are held in memory, and 50,000 would take 30 GB
+            raise InputError(f"{val.root}: has {len(paths):,} images, expected --image-list or --n")
     else:
-        lines = [line.split()[0] for line in Path(image_list).read_text(errors="replace").splitlines() if line.strip()]
-        paths = [folder / line if line.startswith("val/") else folder / "val" / line for line in lines]
-        if len(set(paths)) < len(paths):
-            raise InputError(f"--image-list {image_list}: names an image twice")
-    prepare = transforms.Compose([transforms.Resize(round(image_size * 256 / 224)), transforms.CenterCrop(image_size), transforms.ToTensor()])
+        lines = Path(image_list).read_text(errors="replace").splitlines()  # "PATH", or "PATH LABEL"
+        paths = [folder / "val" / line.split()[0].removeprefix("val/") for line in lines if line.strip()]
+    if not paths or len(set(paths)) < len(paths):
+        raise InputError(f"{image_list or val.root}: names no image, or one twice")
+    prepare = transforms.Compose([transforms.Resize(round(image_size * 256 / 224)),
+                                  transforms.CenterCrop(image_size), transforms.ToTensor()])
     images, labels = [], []
     for path in tqdm(paths[:n], desc="reading images", disable=None):
-        if path.parent.name not in classes:
-            raise InputError(f"--image-list {image_list}: {path} is in no class folder of {folder / 'val'}")
+        if path.parent.name not in val.class_to_idx:
+            raise InputError(f"{image_list}: {path} is in no class folder of {val.root}")
+        labels.append(val.class_to_idx[path.parent.name])
         try:
-            images.append(prepare(datasets.folder.pil_loader(path)))
-        except Exception as error:  # a damaged file can fail in any way
+            images.append(prepare(val.loader(path)))
+        except Exception as error:  # a damaged image can fail in any way
             raise InputError(f"{path}: cannot be read as an image ({type(error).__name__})") from None
-        labels.append(classes[path.parent.name])
-    if not images:
-        raise InputError(f"--image-list {image_list}: names no image")
     return torch.stack(images), torch.tensor(labels)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# AutoAttack, batch by batch
+# ------------------------------------------------------------------------------------------------------------
+# The run: say what is judged, judge it, verify, write it down.
 
 
-class Flags(logging.Handler):
-    """Collects AutoAttack's warnings (zero gradients, randomness and so on), which it sends to a logger."""
-
-    def __init__(self):
-        super().__init__(logging.WARNING)
-        self.seen = []
-        self.logger = logging.getLogger("auto-attack")
-        self.logger.addHandler(self)
-        self.logger.propagate = False
-
-    def emit(self, record):
-        """Keep a message, once."""
-        if record.getMessage() not in self.seen:
-            self.seen.append(record.getMessage())
-
-    def take(self):
-        """What was collected since the last call."""
-        seen, self.seen = self.seen, []
-        return seen
-
-
-def perturb(attacker, attack, x, y):
-    """One attack of the library on one batch, set up as its own `run_standard_evaluation` does. Returns x' like x."""
-    if attack in ("apgd-ce", "apgd-dlr"):
-        method = attacker.apgd
-        method.loss = attack.removeprefix("apgd-")
-    elif attack == "apgd-t":
-        method = attacker.apgd_targeted
-    elif attack in ("fab", "fab-t"):
-        method = attacker.fab
-        method.targeted = attack == "fab-t"
-        method.n_restarts = 5 if attacker.version == "plus" and not method.targeted else 1
-    else:
-        method = attacker.square
-    method.seed = attacker.get_seed()
-    with torch.no_grad():
-        return method.perturb(x, y)
-
-
-def predict(model, x):
-    """Predicted classes [B] of images x [B, 3, H, W]. Raises VerificationError where a logit is not finite: no attack can work there."""
-    with torch.no_grad():
-        logits = model(x)
-    if not logits.isfinite().all():
-        raise VerificationError("the model's logits are not finite: attacks find nothing on such a model, and their result would mean nothing")
-    return logits.argmax(dim=1)
-
-
-def wait_for_all():
-    """Wait for the other processes, if there are any. Raises ConnectionError where one has died."""
-    if dist.is_initialized():
-        try:
-            dist.barrier()
-        except RuntimeError:
-            raise ConnectionError("another process has stopped; finished batches are kept, and the same command continues") from None
-
-
-def run_attack(attack, model, attacker, images, labels, survivors, folder, batch_size, flags, rank=0, world=1):
-    """Attack the surviving images in batches, and keep every finished batch in `folder`. Returns one dict per batch.
-
-    attack: a name in ATTACKS, or "clean" for no attack. survivors: indices int64 [M] into images [N, 3, H, W] and labels [N]. A
-    batch's dict has index [n], predicted [n], broken [n] bool, adversarial [number broken, 3, H, W], seconds, flags.
-    Processes share out the batches by number and then read each other's from the folder.
-    """
-    device = next(model.parameters()).device
-    batches = list(survivors.split(batch_size)) if len(survivors) else []
-    files = [folder / f"{attack}_{number:05d}.npz" for number in range(len(batches))]
-    missing = [number for number, file in enumerate(files) if not file.exists()]
-    wait_for_all()  # all processes have to see the same ones missing before the first of them adds one
-    for number in tqdm(missing[rank::world], desc=f"{attack:8}", unit="batch", disable=rank > 0):
-        index, since = batches[number], time.time()
-        x, y = images[index].to(device), labels[index].to(device)
-        torch.manual_seed(attacker.seed)  # the library does so too; this is for models that are random themselves
-        adversarial = x if attack == "clean" else perturb(attacker, attack, x.clone(), y.clone())
-        predicted = predict(model, adversarial)
-        broken = predicted != y
-        kept = adversarial[broken] if attack != "clean" else x[:0]
-        save_atomically(files[number], index=index.numpy(), predicted=predicted.cpu().numpy(), broken=broken.cpu().numpy(),
-                        adversarial=kept.cpu().numpy(), seconds=time.time() - since, flags=json.dumps(flags.take()))
-    wait_for_all()
-    results = [read_batch(file) for file in files]
-    for file, result, index in zip(files, results, batches):
-        if not np.array_equal(result["index"], index.numpy()):
-            raise VerificationError(f"{file}: is of other images than this run's; the folder was changed by hand or by another run")
-    return results
-
-
-def save_atomically(path, **arrays):
-    """numpy.savez under a temporary name, flushed to the disk, then renamed: `path` is whole or does not exist."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            np.savez(file, **arrays)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def read_batch(path):
-    """A stored batch as a dict of arrays. Raises VerificationError where it cannot be read."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}
-    except Exception as error:
-        raise VerificationError(f"{path}: damaged ({type(error).__name__}); delete it to attack its images again") from None
-
-
-def check_model(model, images, labels, batch_size, attacks, attacker, version):
-    """AutoAttack's own checks of the model on the first batch; what they find goes to its logger."""
-    device, logger = next(model.parameters()).device, attacker.logger
-    x, y = images[:batch_size].to(device), labels[:batch_size].to(device)
-    if version != "rand":
-        pyautoattack.checks.check_randomized(model, x, y, bs=batch_size, logger=logger)
-    classes = pyautoattack.checks.check_range_output(model, x, logger=logger)
-    pyautoattack.checks.check_dynamic(model, x, False, logger=logger)
-    pyautoattack.checks.check_n_classes(classes, attacks, attacker.apgd_targeted.n_target_classes, attacker.fab.n_target_classes, logger=logger)
-
-
-def evaluate(model, images, labels, folder, eps, attacks=None, version="standard", batch_size=250, seed=0, rank=0, world=1):
-    """Clean accuracy, then each attack on the survivors of those before. Continues from the batches that `folder` holds.
-
-    model: see `load_classifier`; images float32 [N, 3, H, W] in [0, 1], labels int64 [N], on the CPU; attacks: None for all of
-    `version`. Returns SimpleNamespace: attacks, accuracy {"clean" and each attack: percent left}, seconds {attack},
-    broken_by [N] int (0: misclassified, k: by the k-th attack, -1: robust), predicted [N], adversarial [N, 3, H, W] (the clean
-    image where none was found), flags [text]. Raises InputError for images outside [0, 1].
-    """
-    if images.dtype != torch.float32 or not (images.min() >= 0 and images.max() <= 1):
-        raise InputError(f"images have to be float32 in [0, 1], not {images.dtype} in [{images.min():g}, {images.max():g}]")
-    flags, count = Flags(), len(labels)
-    attacker = pyautoattack.AutoAttack(model, norm="Linf", eps=eps, version=version, device=next(model.parameters()).device, seed=seed)
-    attacks = list(attacks or attacker.attacks_to_run)
-    check_model(model, images, labels, batch_size, attacks, attacker, version)
-    result = SimpleNamespace(attacks=attacks, accuracy={}, seconds={}, flags=flags.take(), broken_by=torch.full((count,), -1),
-                             predicted=torch.empty(count, dtype=torch.int64), adversarial=images.clone())
-    for number, attack in enumerate(["clean", *attacks]):
-        survivors = (result.broken_by == -1).nonzero().squeeze(1)
-        batches = run_attack(attack, model, attacker, images, labels, survivors, folder, batch_size, flags, rank, world)
-        for batch in batches:
-            index, broken = torch.from_numpy(batch["index"]), torch.from_numpy(batch["broken"])
-            predicted = torch.from_numpy(batch["predicted"])
-            result.broken_by[index[broken]] = number
-            result.predicted[index if attack == "clean" else index[broken]] = predicted if attack == "clean" else predicted[broken]
-            if attack != "clean":
-                result.adversarial[index[broken]] = torch.from_numpy(batch["adversarial"])
-            result.flags += [flag for flag in json.loads(str(batch["flags"])) if flag not in result.flags]
-        result.accuracy[attack] = 100 * (result.broken_by == -1).sum().item() / count
-        result.seconds[attack] = float(sum(batch["seconds"] for batch in batches))
-        if rank == 0:
-            print(f"{attack:9} {result.accuracy[attack]:6.2f} % left   {result.seconds[attack]:8.1f} s", flush=True)
-    pyautoattack.checks.check_square_sr({name: accuracy / 100 for name, accuracy in result.accuracy.items()}, logger=attacker.logger)
-    result.flags += flags.take()
-    flags.logger.removeHandler(flags)
-    return result
-
-
-def verify(model, images, labels, result, eps, batch_size, random=False):
-    """Check the result against the stored images: every x' within eps and in [0, 1], and every verdict by a fresh forward pass.
-
-    The forward passes are over batches of the same images as in the attack, x' in place of x where one was found, so that
-    float32 rounding, which can depend on a batch's size, is the same. Raises VerificationError; of a model that is `random`
-    itself verdicts may differ. Returns how many do.
-    """
-    distance = (result.adversarial - images).abs().amax(dim=(1, 2, 3))
-    if not (distance <= eps + TOLERANCE).all():
-        raise VerificationError(f"{int((distance > eps + TOLERANCE).sum())} adversarial images are further than eps {eps:g} away, the furthest {distance.max():g}")
-    if not (result.adversarial.min() >= 0 and result.adversarial.max() <= 1):
-        raise VerificationError(f"adversarial images leave [0, 1]: {result.adversarial.min():g} to {result.adversarial.max():g}")
-    device, different = next(model.parameters()).device, 0
-    for number in range(len(result.attacks) + 1):  # the images that entered stage `number`: 0 is the clean pass
-        entered = (result.broken_by >= number) | (result.broken_by == -1)
-        for index in entered.nonzero().squeeze(1).split(batch_size):
-            broken_here = result.broken_by[index] == number
-            x = images[index].clone()
-            if number:
-                x[broken_here] = result.adversarial[index][broken_here]
-            wrong = (predict(model, x.to(device)).cpu() != labels[index]) != broken_here
-            different += int(wrong.sum())
-            if wrong.any() and not random:
-                raise VerificationError(f"{int(wrong.sum())} verdicts do not repeat, the first on image {int(index[wrong][0])}: stored images and results disagree")
-    return different
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The run
-
-
-def prepare_folder(folder, settings, rank):
-    """Make the result folder, or check that it belongs to a run with the same settings. Raises InputError otherwise."""
+def prepare_folder(folder, settings):
+    """Make the result folder, or check that it is of the same settings. Raises InputError where it is not."""
     path = folder / "settings.json"
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"--out {folder}: is a file, expected a folder")
     if path.exists():
         try:
             there = json.loads(path.read_text())
         except ValueError:
-            raise InputError(f"{path}: damaged; choose another --out") from None
-        difference = [f"{name} {there.get(name)} there, {value} now" for name, value in settings.items() if there.get(name) != value]
+            raise InputError(f"{path}: damaged, expected JSON; choose another --out") from None
+        difference = [f"{name} {there.get(name)} there, {value} now" for name, value in settings.items()
+                      if there.get(name) != value]
         if difference:
-            raise InputError(f"--out {folder}: holds the results of another evaluation ({'; '.join(difference)}); choose another --out")
-    elif folder.exists() and any(entry.suffix != ".tmp" for entry in folder.iterdir()) and rank == 0:
-        raise InputError(f"--out {folder}: is neither empty nor a folder of results; choose another --out")
-    elif rank == 0:
+            raise InputError(f"{path}: is of another evaluation ({'; '.join(difference)}); change --out")
+    elif folder.exists() and any(entry.suffix != ".tmp" for entry in folder.iterdir()):
+        raise InputError(f"{folder}: is neither empty nor a folder of results; choose another --out")
+    else:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(path, settings)
-    if rank == 0:
-        for left_over in folder.glob("*.tmp"):  # of a process that was killed while writing
-            left_over.unlink()
-    return folder
 
 
 def write_json(path, content):
-    """Under a temporary name first, then renamed."""
+    """Under another name, then renamed, as in `save_atomically`."""
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w") as file:
-        file.write(json.dumps(content, indent=2) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    temporary.write_text(json.dumps(content, indent=2) + "\n")
     os.replace(temporary, path)
 
 
 def reservations(args, info, settings):
-    """Why this is not RobustBench's number: a list of remarks, empty if it is (as far as a script can tell)."""
-    benchmark, full = BENCHMARKS[info.dataset], FULL_TEST_SET[info.dataset]
-    checks = [(settings["n"] == full and (info.dataset != "imagenet" or args.image_list), f"NOT THE FULL TEST SET of {full:,} images"
-               + (" (--image-list)" if info.dataset == "imagenet" else "")),
-              (args.attacks is None, f"ONLY {' '.join(args.attacks or [])}: not AutoAttack"),
-              (info.num_classes == benchmark.classes, f"{info.num_classes} classes, not {benchmark.classes:,}"),
-              (info.args.get("image_size", 224) == 224, f"{info.args.get('image_size')} px, not 224"),
-              (args.version == "standard", f"version {args.version}, not standard"),
-              (settings["eps"] == fraction(benchmark.eps), f"eps is not {benchmark.eps}"),
-              (not args.tf32, "TF32, not float32")]
+    """Why this is not RobustBench's number: remarks, none if it is (as far as a script can tell)."""
+    benchmark, size = BENCHMARKS[info.dataset], info.args.get("image_size", 224)
+    full = settings["n"] == benchmark.images and (info.dataset != "imagenet" or args.image_list)
+    checks = [
+        (full, f"NOT THE FULL TEST SET of {benchmark.images:,} images"),
+        (args.attacks is None, f"ONLY {' '.join(args.attacks or [])}: not AutoAttack"),
+        (info.num_classes == benchmark.classes, f"{info.num_classes} classes, not {benchmark.classes:,}"),
+        (size == 224, f"{size} px, not 224"),
+        (args.version == "standard", f"version {args.version}, not standard"),
+        (settings["eps"] == fraction(benchmark.eps), f"eps is not {benchmark.eps}"),
+        (not args.tf32, "TF32, not float32"),
+    ]
     return [remark for passed, remark in checks if not passed]
 
 
 def write_results(folder, args, info, settings, result, labels, different):
-    """result.json with RobustBench's fields and ours, and images.npz with the verdict on each image. Returns the former."""
+    """result.json, with RobustBench's fields, and images.npz with the verdicts. Returns the first."""
     clean, robust = result.accuracy["clean"], result.accuracy[result.attacks[-1]]
     remarks, eps = reservations(args, info, settings), Fraction(settings["eps"]).limit_denominator(1000)
     content = {
-        # RobustBench's fields; what a script cannot know is left to whoever submits the result
+        # RobustBench's fields. What a script cannot know is left to whoever submits the result, and
+        # autoattack_acc is filled in only where nothing speaks against quoting it.
         "link": None, "name": None, "authors": None, "venue": None, "number_forward_passes": 1,
         "additional_data": bool(info.args["synthetic"]) if "synthetic" in info.args else None,
-        "dataset": info.dataset, "architecture": info.arch, "eps": str(eps) if float(eps) == settings["eps"] else repr(settings["eps"]),
+        "dataset": info.dataset, "architecture": info.arch,
+        "eps": str(eps) if float(eps) == settings["eps"] else repr(settings["eps"]),
         "clean_acc": f"{clean:.2f}", "reported": None, "autoattack_acc": None if remarks else f"{robust:.2f}",
-        # ours
-        "robust_accuracy": robust, "robust_accuracy_after": result.accuracy, "seconds": result.seconds, "images": len(labels),
-        "reservations": remarks, "flags": result.flags, "verdicts_not_repeated": different, "settings": settings,
+        # Ours.
+        "robust_accuracy": robust, "robust_accuracy_after": result.accuracy, "seconds": result.seconds,
+        "images": len(labels), "reservations": remarks, "flags": result.flags,
+        "verdicts_not_repeated": different, "settings": settings,
         "device": torch.cuda.get_device_name() if args.device == "cuda" else "cpu",
     }
-    save_atomically(folder / "images.npz", label=labels.numpy(), predicted=result.predicted.numpy(), broken_by=result.broken_by.numpy(),
-                    adversarial=result.adversarial.numpy(), stages=np.array(["clean", *result.attacks]))
+    save_atomically(folder / "images.npz", label=labels.numpy(), predicted=result.predicted.numpy(),
+                    broken_by=result.broken_by.numpy(), adversarial=result.adversarial.numpy(),
+                    stages=np.array(["clean", *result.attacks]))
     write_json(folder / "result.json", content)
     return content
 
 
 def main(argv=None):
-    """The command line."""
+    """The command line. Raises InputError, OSError and VerificationError."""
     args = parse_args(argv)
-    rank, world, local = [int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))]
-    device = torch.device("cuda", local) if args.device == "cuda" else torch.device("cpu")
+    rank, world, local = [int(os.environ.get(name, default))  # as torchrun sets them
+                          for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))]
     if args.device == "cuda":
-        if local >= torch.cuda.device_count():
-            raise InputError(f"--device cuda: {torch.cuda.device_count()} GPUs here, too few for process {local}")
-        torch.cuda.set_device(device)
-        torch.backends.cudnn.deterministic = True  # a continued evaluation has to equal an undisturbed one
+        torch.cuda.set_device(local)  # this is "cuda" from here on, and attacks seed no other's generator
+        torch.backends.cudnn.deterministic = True  # so that a continued evaluation equals an undisturbed one
+        # TF32 multiplies with 10 bits of mantissa instead of 23. torch allows it in convolutions unless told.
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
-    if world > 1:  # only ever waits for the others, however long that takes: results are exchanged through the folder
+    if world > 1:  # only to wait for each other, however long that takes: results go through the folder
         dist.init_process_group("gloo", timeout=timedelta(days=7))
-    model = load_classifier(args.checkpoint, args.arch, args.dataset, args.script, args.weights).to(device)
-    info = model.info
-    if info.num_classes < 10:
-        raise InputError(f"{args.checkpoint}: classifies into {info.num_classes} classes, expected at least 10: AutoAttack's targeted attacks try nine others")
+    model = load_classifier(args.checkpoint, args.arch, args.dataset, args.script, args.weights)
+    info = model.to(args.device).info
     if local > 0:
-        wait_for_all()  # the first process of each machine goes first: it may have to download
+        wait_for_all()  # each machine's first process goes first, as it may have to download
     images, labels = load_images(args, info)
     if local == 0:
         wait_for_all()
     eps = fraction(BENCHMARKS[info.dataset].eps) if args.eps is None else args.eps
+    # All that the result depends on. A folder with other settings is refused, as two evaluations would mix.
+    # The script is among them: verdicts on a network with a bug must not survive its correction.
     digest = lambda data: hashlib.sha256(data).hexdigest()[:16]
-    settings = {"checkpoint": digest(Path(args.checkpoint).read_bytes()), "weights": args.weights, "arch": info.arch, "dataset": info.dataset,
-                "script": digest(info.script.read_bytes()), "images": digest(images.numpy()) + digest(labels.numpy()), "n": len(labels),
-                "norm": "Linf", "eps": eps, "version": args.version, "attacks": args.attacks, "batch_size": args.batch_size, "seed": args.seed,
-                "tf32": args.tf32, "device": args.device, "torch": torch.__version__, "pyautoattack": package_version("pyautoattack")}
-    folder = prepare_folder(Path(args.out or f"{args.checkpoint}.autoattack"), settings, rank)
+    settings = {
+        "checkpoint": digest(Path(args.checkpoint).read_bytes()), "weights": args.weights, "arch": info.arch,
+        "dataset": info.dataset, "script": digest(info.script.read_bytes()),
+        "images": digest(images.numpy()) + digest(labels.numpy()), "n": len(labels), "norm": "Linf",
+        "eps": eps, "version": args.version, "attacks": args.attacks, "batch_size": args.batch_size,
+        "seed": args.seed, "tf32": args.tf32, "device": args.device, "torch": torch.__version__,
+        "pyautoattack": package_version("pyautoattack"),
+    }
+    folder = Path(args.out or f"{args.checkpoint}.autoattack")
     if rank == 0:
-        print(f"{args.checkpoint}: {info.arch}, {args.weights} weights, {info.dataset}, Linf eps {eps * 255:g}/255, {len(labels)} images, "
-              f"AutoAttack {args.version} (pyautoattack {settings['pyautoattack']})", flush=True)
+        prepare_folder(folder, settings)
+        print(f"{args.checkpoint}: {info.arch}, {args.weights} weights, {info.dataset}, Linf eps "
+              f"{eps * 255:g}/255, {len(labels)} images, AutoAttack {args.version} "
+              f"(pyautoattack {settings['pyautoattack']})", flush=True)
         for remark in reservations(args, info, settings):
             print(f"*** {remark}: not a number to quote ***", flush=True)
     wait_for_all()
-    result = evaluate(model, images, labels, folder, eps, args.attacks, args.version, args.batch_size, args.seed, rank, world)
+    result = evaluate(model, images, labels, folder, eps, args.attacks, args.version, args.batch_size,
+                      args.seed, rank, world)
     if rank == 0:
         different = verify(model, images, labels, result, eps, args.batch_size, random=args.version == "rand")
         content = write_results(folder, args, info, settings, result, labels, different)
-        for flag in result.flags + [f"{different} verdicts do not repeat: the model is random"] * (different > 0):
-            print(f"*** remark: {flag}", flush=True)
-        print(f"clean {content['clean_acc']} %, robust {content['robust_accuracy']:.2f} %; verified, {folder / 'result.json'}")
-    if world > 1:
-        wait_for_all()
-        dist.destroy_process_group()
+        for flag in result.flags:
+            print(f"*** remark: {flag}")
+        if different:
+            print(f"*** remark: {different} verdicts do not repeat: the model is random")
+        print(f"clean {content['clean_acc']} %, robust {content['robust_accuracy']:.2f} %; verified, "
+              f"{folder / 'result.json'}")
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
+    # Both stop at once, with the usual exit codes 143 and 130. What is finished is on the disk.
+    for stop in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(stop, lambda number, frame: sys.exit(128 + number))
     try:
         main()
-    except KeyboardInterrupt:
-        print("stopped; finished batches are kept, and the same command continues", file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
-    except ConnectionError as problem:
+    except (InputError, OSError, VerificationError) as problem:
         print(f"error: {problem}", file=sys.stderr)
-        sys.exit(1)
-    except (InputError, OSError) as problem:
-        print(f"error: {problem}", file=sys.stderr)
-        sys.exit(2)
-    except VerificationError as problem:
-        print(f"error: {problem}", file=sys.stderr)
-        sys.exit(1)
+        sys.exit(1 if isinstance(problem, VerificationError) else 2)
