@@ -164,9 +164,11 @@ def load_classifier(path, arch=None, dataset=None, script=None, weights="average
     script = Path(script or Path(__file__).with_name(benchmark.script))
     last = {"pretrained": False} if dataset == "imagenet" else {"dataset": dataset}
     # This runs the script as `import` would. It is code that the user chose; a checkpoint cannot name any.
-    build_model = runpy.run_path(str(script))["build_model"]
+    namespace = runpy.run_path(str(script))
+    if "build_model" not in namespace:
+        raise InputError(f"--script {script}: defines no build_model")
     try:
-        model = build_model(arch, classes, **last)
+        model = namespace["build_model"](arch, classes, **last)
     except ValueError as error:  # such as an architecture that the script does not know
         raise InputError(f"{path}: {script.name} cannot build it ({error})") from None
     state, expected = choose_weights(path, saved, weights), model.state_dict()
@@ -464,10 +466,10 @@ def load_images(args, info, split="test"):
     source = SimpleNamespace(dataset=info.dataset, data_dir=args.data_dir,
                              smoke=info.args.get("smoke") is True, seed=info.args.get("seed", 0))
     try:
-        part = train_cifar.load_real(source, split).to("cpu", end=args.n)
+        images, labels = [torch.from_numpy(array[:args.n]) for array in train_cifar.load_real(source, split)]
     except train_cifar.InputError as error:
         raise InputError(str(error)) from None
-    return part.images.permute(0, 3, 1, 2).contiguous().float() / 255, part.labels.long()
+    return images.permute(0, 3, 1, 2).contiguous().float() / 255, labels.long()
 
 
 def load_imagenet(folder, image_list, n, num_classes=1000, image_size=224, class_names=None):

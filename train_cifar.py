@@ -98,7 +98,10 @@ class InputError(ValueError):
 
 def fraction(text):
     """A number on the command line, also written as a fraction: pixel distances come in 255ths, as 8/255."""
-    return float(Fraction(text))
+    try:
+        return float(Fraction(text))
+    except (ZeroDivisionError, OverflowError):
+        raise ValueError from None  # what argparse expects
 
 
 def parse_args(argv=None):
