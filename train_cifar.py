@@ -82,7 +82,10 @@ OPTIMIZERS = {  # peak learning rate and weight decay
     "lion": SimpleNamespace(lr=1e-4, weight_decay=0.5),  # decay stated, rate chosen
 }
 WARMUP = 0.025  # share of the epochs with a rising rate, and of the steps before averaging (inherited)
-BATCHNORM_MOMENTUM = 0.01  # share of a new batch in the running statistics (inherited)
+# Share of a new batch in batch norm's running statistics, which evaluation uses in place of a batch's own.
+# A tenth of torch's default, since clean and attacked batches with their different statistics take turns
+# (inherited).
+BATCHNORM_MOMENTUM = 0.01
 CROP_PADDING = 4  # pixels of black border, out of which the random crop is taken (inherited)
 HOLDOUT = 1024  # first training images, never trained on, to select best.pt; at most a tenth (inherited)
 SELECTION_STEPS = 40  # PGD steps on the margin loss for that selection (inherited)
@@ -90,6 +93,8 @@ PROJECTOR_WIDTH = 2048  # hidden width of h: REPA's, arXiv 2410.06940; the paper
 EXTRA_LOG_SIGMA = (-1.2, 1.2)  # mean and deviation of ln(sigma): EDM's own in training (stated by reference)
 TABLE_STEPS, TABLE_IMAGES = 10, 1024  # PGD for the closing table: a quick look, no result
 LOG_EVERY = 50  # steps
+SMOKE = {"arch": "wrn-10-1", "epochs": 6, "batch_size": 64, "lr": 0.1, "eval_every": 3, "out": "runs/smoke",
+         "device": "cpu"}  # other defaults for --smoke: a minute on two cores
 
 
 class InputError(ValueError):
@@ -109,14 +114,16 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
-    # Data
+    # Data. Robust accuracy on test images keeps growing with more data, far beyond the real ones that there
+    # are.
     add("--dataset", choices=list(DATASETS), default="cifar10", help="sets classes, normalisation, teacher")
     add("--data-dir", default="data",
         help="has train.npz, test.npz (image uint8 [N,32,32,3], label int [N]), or CIFAR is downloaded there")
     add("--synthetic", nargs="+", default=[], metavar="FILE", help="DM-AT's .npz files, any number of parts")
     add("--synthetic-fraction", type=fraction,
         help="synthetic share of each batch (inherited: 0.7 up to a million images, 0.8 above)")
-    # Model and optimisation
+    # Model and optimisation. The average of the weights over the last steps is usually more robust than any
+    # of them; it is what gets evaluated and used.
     add("--arch", default="wrn-34-10", help="wrn-DEPTH-WIDTH with DEPTH = 6n + 4, or vit-b-2")
     add("--epochs", type=int, default=200, help="of ceil(real images / batch size) steps (stated per row)")
     add("--max-steps", type=int, help="number of steps, in place of --epochs")
@@ -126,13 +133,15 @@ def parse_args(argv=None):
     add("--weight-decay", type=fraction, help="(sgd 5e-4: inherited; lion 0.5: stated)")
     add("--ema-decay", type=fraction, default=0.995, help="tau of the weight averaging (inherited)")
     add("--label-smoothing", type=fraction, default=0.1, help="in the cross-entropy (inherited)")
-    # Attack
+    # Attack. A larger beta buys robust accuracy with clean accuracy. The steps together reach further than
+    # eps, so that the attack can cross its ball and still correct itself.
     add("--beta", type=fraction, default=5.0, help="weight of TRADES' KL term (inherited)")
     add("--eps", type=fraction, default="8/255", help="largest change of a pixel in [0,1] (inherited)")
     add("--step-size", type=fraction, default="2/255", help="of the attack (inherited)")
     add("--attack-steps", type=int, default=10,
         help="PGD steps (stated); 0: train on clean images, with --beta 0 by cross-entropy alone")
-    # Diffusion representation alignment
+    # Diffusion representation alignment. With a little noise a diffusion model's features say most about
+    # what is in an image: none and it looks at texture, much and there is nothing left to see.
     add("--dra-weight", type=fraction, default=1.0, help="lambda, eq. (4) (chosen); 0: no alignment")
     add("--teacher", help="EDM's .pkl, path or URL (stated: the model that drew the synthetic images)")
     add("--teacher-sigma", type=fraction, default=0.06,
@@ -141,7 +150,7 @@ def parse_args(argv=None):
     add("--teacher-unconditional", action="store_true", help="do not tell the teacher the label")
     add("--extra-sigma", action="store_true",
         help="a second target at a random noise level (stated for more than a million synthetic images)")
-    # Running
+    # Running. In bfloat16 only the networks compute; what decides, logits and losses, stays in float32.
     add("--out", default="runs/cifar", help="folder for last.pt, best.pt and log.csv")
     add("--seed", type=int, default=0, help="of every random draw")
     add("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu",
@@ -153,9 +162,8 @@ def parse_args(argv=None):
     add("--save-every", type=fraction, default=1, help="epochs between checkpoints")
     add("--smoke", action="store_true", help="a minute on a CPU: tiny network, drawn images, random teacher")
     add("--dry-run", action="store_true", help="print the plan and stop")
-    if "--smoke" in (sys.argv[1:] if argv is None else argv):  # other defaults, which any flag still beats
-        parser.set_defaults(arch="wrn-10-1", epochs=6, batch_size=64, lr=0.1, eval_every=3, out="runs/smoke",
-                            device="cpu")
+    if "--smoke" in (sys.argv[1:] if argv is None else argv):
+        parser.set_defaults(**SMOKE)  # any other flag still beats these
     args = parser.parse_args(argv)
     finish_args(args, parser)
     return args
@@ -348,7 +356,8 @@ def pgd(loss, images, start, eps, step_size, steps):
 
 
 def set_batchnorm(model, **attributes):
-    """Set attributes of all batch norm layers, such as `momentum` (none are there in a ViT)."""
+    """Set attributes of all batch norm layers (a ViT has none): `track_running_stats`, whether a forward in
+    training mode updates the running statistics, and `momentum`, by how much."""
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             for name, value in attributes.items():
@@ -376,9 +385,12 @@ def trades_attack(model, images, start, eps, step_size, steps, clean_logits=None
     instead, from a start of 0.001 * N(0, 1); the two give different classifiers.
     """
     weights = [p for p in model.parameters() if p.requires_grad]
-    set_batchnorm(model, track_running_stats=False)  # attacked batches leave the running statistics alone
+    # Ten looks at half-finished attacks would drown the two that should count in the running statistics.
+    set_batchnorm(model, track_running_stats=False)
+    # Only the image's gradient is needed. A compiled backward pass would compute the weights' as well, for
+    # nothing.
     for weight in weights:
-        weight.requires_grad_(False)  # only the image's gradient is needed: a third less to compute
+        weight.requires_grad_(False)
     try:
         if clean_logits is None:
             with torch.no_grad():
@@ -436,7 +448,8 @@ def train_step(model, averaged, projectors, teacher, optimizer, batch, ema_decay
         adv = trades_attack(model, images, batch.start, args.eps, args.step_size, args.attack_steps,
                             clean_logits)
 
-    # L_TRADES. The clean and the adversarial forward both update the running statistics of batch norm.
+    # L_TRADES. The clean and the adversarial forward are two, not one of both halves together: each half is
+    # normalised by its own statistics (DM-AT). Both update the running ones.
     adv_features = model.features(adv)  # enc(x'), [B, D]
     adv_logits = model.head(adv_features)
     trades = trades_loss(clean_logits, adv_logits, labels, args.beta, args.label_smoothing)
@@ -451,7 +464,8 @@ def train_step(model, averaged, projectors, teacher, optimizer, batch, ema_decay
             target = teacher(images, given_labels, sigma, noise)  # g(x_t, t, y), [B, width]
         alignment = alignment + dra_loss(projector(adv_features), target) / len(projectors)  # mean: chosen
 
-    loss = trades + args.dra_weight * alignment  # eq. (4)
+    # Eq. (4). Weights of the classifier and of h learn together, by the same optimizer.
+    loss = trades + args.dra_weight * alignment
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     average_gradients([*model.parameters(), *projectors.parameters()])  # over the processes of torchrun
@@ -724,7 +738,8 @@ class Data:
         images, labels = [tensor.to(device, non_blocking=True) for tensor in here.result()]
         images = images.permute(0, 3, 1, 2)  # [B, 3, 32, 32] in 0 ... 255
 
-        # One stream of random numbers, read in this order, always for the whole batch.
+        # One stream of random numbers, read in this order. Always for the whole batch, of which this
+        # process then takes its share: so two processes see the crops, starts and noise that one would see.
         random = generator(args.seed, step, "batch", device)
         corner = torch.randint(2 * CROP_PADDING + 1, (2, size), generator=random, device=device)[:, mine]
         flip = (torch.rand(size, generator=random, device=device) < 0.5)[mine]
@@ -736,7 +751,9 @@ class Data:
         if args.dra_weight:
             noise = torch.randn(shape, generator=random, device=device)[mine]
             teacher_noise.append((args.teacher_sigma, noise))
-        if args.extra_sigma:  # a noise level per image, drawn as in EDM's own training
+        if args.extra_sigma:
+            # A noise level per image, drawn as in EDM's own training: over a long run on many images the
+            # teacher then also shows what it knows at other levels.
             mean, deviation = EXTRA_LOG_SIGMA
             sigma = (mean + deviation * torch.randn(size, generator=random, device=device)[mine]).exp()
             teacher_noise.append((sigma, torch.randn(shape, generator=random, device=device)[mine]))
@@ -767,8 +784,9 @@ def crop_and_flip(images, corner, flip):
 def margin_loss(logits, labels):
     """Best wrong logit minus the right one (Carlini & Wagner 2017), at most 0, summed over the batch.
 
-    Hinged at 0 as in DM-AT: an image that is already misclassified adds no gradient and stays where it is.
-    logits [B, classes], labels [B].
+    Cross-entropy's gradient dies where the network is sure of itself; a difference of logits has no such
+    limit, so this attack is usually the stronger one. Hinged at 0 as in DM-AT: an image that is already
+    misclassified adds no gradient and stays where it is. logits [B, classes], labels [B].
     """
     right = logits.gather(1, labels[:, None]).squeeze(1)
     wrong = logits.scatter(1, labels[:, None], -torch.inf).amax(dim=1)
@@ -857,12 +875,15 @@ def restore(path, args, run):
                      "choose another --out")
 
 
-def write_log(path, log):
-    """All rows so far -> log.csv. They are in the checkpoint, too, so a continued run has each row once."""
+def write_log(path, log, minutes_left):
+    """All rows so far -> log.csv, and the last one to the terminal. Rows are kept in the checkpoint, too,
+    so a continued run has each of them once."""
     columns = list(dict.fromkeys(name for row in log for name in row))
     lines = [",".join(columns)]
     lines += [",".join(f"{row[name]:.6g}" if name in row else "" for name in columns) for row in log]
     save_atomically("\n".join(lines) + "\n", path)
+    numbers = [f"{name} {value:.5g} " for name, value in log[-1].items()]
+    print(*numbers, f"{minutes_left:.1f} min left", flush=True)
 
 
 def summarise(recent, done, model, last):
@@ -910,9 +931,17 @@ def stop(number, when):
 
 
 def load_teacher(args, device):
-    """The frozen diffusion encoder g, or None without alignment. Raises InputError where it does not fit."""
+    """The frozen diffusion encoder g, or None without alignment. Raises InputError where it does not fit.
+
+    To align with another teacher, return it here: a module with `width`, called as teacher(images in [0,
+    1], labels or None, sigma, noise like images), that gives features [B, width]. Nothing else knows what
+    it is.
+    """
     if args.dra_weight == 0:
         return None
+    # A class-conditional teacher is told the label: its features then hold what tells the image from others
+    # of its class as well as the class. Test images never meet the teacher, so no label leaks into a
+    # result.
     classes = DATASETS[args.dataset].classes
     try:
         if args.teacher:
@@ -942,7 +971,10 @@ def build_run(args, device, teacher):
     projectors = nn.ModuleList(build_projector(width, teacher.width) for _ in range(targets)).to(device)
     model.to(device, memory_format=torch.channels_last)  # the faster layout for convolutions
     model.amp = args.amp
-    averaged = copy.deepcopy(model).requires_grad_(False).eval()  # a copy that shares no storage with it
+    # A copy that shares no storage with the model, or the average would be the model. It is in evaluation
+    # mode for good, and is evaluated in the model's precision: that only selects, AutoAttack judges in
+    # float32.
+    averaged = copy.deepcopy(model).requires_grad_(False).eval()
     return model, averaged, projectors, build_optimizer(args, model, projectors)
 
 
@@ -1029,10 +1061,8 @@ def train(args, data, teacher, run, out, total_steps):
                 save_atomically(checkpoint(args, run, done, best, log), out / "best.pt")
             if saving:  # after best.pt, so that last.pt never knows of a best that is not on disk
                 save_atomically(checkpoint(args, run, done, best, log), out / "last.pt")
-            write_log(out / "log.csv", log)
             minutes = (total_steps - done) * (time.time() - started) / (done - first_step) / 60
-            numbers = [f"{name} {value:.5g} " for name, value in row.items()]
-            print(*numbers, f"{minutes:.1f} min left", flush=True)
+            write_log(out / "log.csv", log, minutes)
         last = out / "last.pt" if saving else last
         if stopping and not final:
             all_reduce(torch.zeros(()))  # all wait until process 0 has saved

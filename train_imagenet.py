@@ -82,6 +82,9 @@ TEACHER_HEADS, TEACHER_SIZE = 16, 256  # attention heads and image size of Light
 CACHE_CHUNK, CACHE_BATCH = 256, 64  # images whose cached targets are written, and computed, together
 TABLE_STEPS, TABLE_IMAGES = 10, 1024  # PGD for the closing table: a quick look, no result
 LOG_EVERY = 50  # steps
+SMOKE = {"data": None, "arch": None, "no_pretrained": True, "image_size": 96, "epochs": 6, "batch_size": 32,
+         "lr": 2e-3, "weight_decay": 0.01, "eval_every": 3, "teacher_layer": 1, "workers": 2,
+         "out": "runs/imagenet-smoke", "device": "cpu"}  # other defaults for --smoke: two minutes, two cores
 
 
 class InputError(ValueError):
@@ -101,14 +104,16 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
-    # Data
+    # Data. Robust accuracy on test images keeps growing with more data, far beyond the real ones that there
+    # are.
     add("--data", default="imagenet", help="folder with train/ and val/, in each a folder per class")
     add("--synthetic", metavar="DIR", help="generated images: a folder with class folders of the same names")
     add("--synthetic-fraction", type=fraction,
         help="synthetic share of each batch, 0.7 if not given (chosen: DM-AT's for its smaller sets)")
     add("--image-size", type=int, default=224, help="pixels (RobustBench's standard, stated by reference)")
     add("--workers", type=int, default=min(16, os.cpu_count() or 1), help="image readers for each process")
-    # Model and optimisation
+    # Model and optimisation. The average of the weights over the last steps is usually more robust than any
+    # one of them, and it is what gets evaluated and used.
     add("--arch", default="vit_base_patch16_dinov3.lvd1689m",
         help="a timm model without batch norm, such as convnext_base.dinov3_lvd1689m (stated)")
     add("--no-pretrained", action="store_true", help="start from random weights")
@@ -120,13 +125,15 @@ def parse_args(argv=None):
     add("--weight-decay", type=fraction, default=0.5, help="not of vectors (chosen: as for ViT-B/2)")
     add("--ema-decay", type=fraction, default=0.995, help="tau of the weight averaging (inherited)")
     add("--label-smoothing", type=fraction, default=0.1, help="in the cross-entropy (inherited)")
-    # Attack
+    # Attack. A larger beta buys robust accuracy with clean accuracy. The steps together reach further than
+    # eps, so that the attack can cross its ball and still correct itself.
     add("--beta", type=fraction, default=5.0, help="weight of TRADES' KL term (chosen: DM-AT's)")
     add("--eps", type=fraction, default="4/255", help="largest change of a pixel in [0,1] (as --image-size)")
     add("--step-size", type=fraction, default="2/255", help="of the attack (chosen)")
     add("--attack-steps", type=int, default=3,
         help="PGD steps (stated); 0: train on clean images, with --beta 0 by cross-entropy alone")
-    # Diffusion representation alignment
+    # Diffusion representation alignment. Middle layers of a diffusion transformer, at a time close to the
+    # clean image, say most about what is in it: early ones look at texture, late ones paint.
     add("--dra-weight", type=fraction, default=1.0, help="lambda, eq. (4) (chosen); 0: no alignment")
     add("--teacher", nargs=3, metavar=("DIT", "VAE", "STATS"),
         help="LightningDiT-XL/1, VA-VAE, latents_stats.pt (stated: the model that drew the synthetic images)")
@@ -136,7 +143,7 @@ def parse_args(argv=None):
     add("--cache-targets", metavar="DIR",
         help="compute targets once, of centre crops and their mirror images, and keep them there; the "
              "default, as in the paper, is in each step, of the augmented images")
-    # Running
+    # Running. In bfloat16 only the networks compute; what decides, logits and losses, stays in float32.
     add("--out", default="runs/imagenet", help="folder for last.pt, best.pt and log.csv")
     add("--seed", type=int, default=0, help="of every random draw")
     add("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu",
@@ -148,10 +155,8 @@ def parse_args(argv=None):
     add("--save-every", type=fraction, default=1, help="epochs between checkpoints")
     add("--smoke", action="store_true", help="two minutes on a CPU: tiny networks, random teacher")
     add("--dry-run", action="store_true", help="print the plan and stop")
-    if "--smoke" in (sys.argv[1:] if argv is None else argv):  # other defaults, which any flag still beats
-        parser.set_defaults(data=None, arch=None, no_pretrained=True, image_size=96, epochs=6, batch_size=32,
-                            lr=2e-3, weight_decay=0.01, eval_every=3, teacher_layer=1, workers=2,
-                            out="runs/imagenet-smoke", device="cpu")
+    if "--smoke" in (sys.argv[1:] if argv is None else argv):
+        parser.set_defaults(**SMOKE)  # any other flag still beats these
     args = parser.parse_args(argv)
     finish_args(args, parser)
     return args
@@ -297,9 +302,11 @@ def trades_attack(model, images, start, eps, step_size, steps, clean_logits=None
     [0, 1]. clean_logits [B, classes]: the model's logits of `images`. The training step has them from its
     own forward; if None, they are computed here. Returns x' [B, 3, H, W] in [0, 1], detached.
     """
+    # Only the image's gradient is needed. A compiled backward pass would compute the weights' as well, for
+    # nothing.
     weights = [p for p in model.parameters() if p.requires_grad]
     for weight in weights:
-        weight.requires_grad_(False)  # only the image's gradient is needed: a third less to compute
+        weight.requires_grad_(False)
     try:
         if clean_logits is None:
             with torch.no_grad():
@@ -361,7 +368,8 @@ def train_step(model, averaged, projectors, teacher, optimizer, batch, ema_decay
             adv = trades_attack(model, images, part.start, args.eps, args.step_size, args.attack_steps,
                                 clean_logits)
 
-        # L_TRADES.
+        # L_TRADES. Two forwards of B images, as on CIFAR. One of 2B would give the same, with more memory
+        # and with the clean one too late for the attack.
         adv_features = model.features(adv)  # enc(x'), [B, D]
         adv_logits = model.head(adv_features)
         trades = trades_loss(clean_logits, adv_logits, labels, args.beta, args.label_smoothing)
@@ -377,7 +385,8 @@ def train_step(model, averaged, projectors, teacher, optimizer, batch, ema_decay
                 target = teacher(images, given_labels, args.teacher_t, part.teacher_noise)
             alignment = dra_loss(projector(adv_features), target)
 
-        loss = trades + args.dra_weight * alignment  # eq. (4)
+        # Eq. (4). Every term is a mean over images, so the mean of the pieces' losses is that of the batch.
+        loss = trades + args.dra_weight * alignment
         (loss / args.accumulate).backward()
         clean, robust = [(logits.argmax(1) == labels).float().mean() for logits in (clean_logits, adv_logits)]
         numbers.append(torch.stack([loss, trades, -alignment, clean, robust]).detach())
@@ -479,8 +488,12 @@ def generator(seed, position, purpose, device="cpu"):
 
 
 class Folder:
-    """The images under class folders, in sorted order. Names and labels are two compact arrays: millions of
-    Python objects would be copied, bit by bit, into each process that reads images."""
+    """The images under class folders, in sorted order: the k-th folder holds label k, so real, synthetic and
+    validation images have to have the same folder names.
+
+    Names and labels are two compact arrays. Millions of Python objects would be copied, bit by bit, into each
+    process that reads images, as soon as their reference counts are touched.
+    """
 
     def __init__(self, path):
         path = os.path.expanduser(path)
@@ -535,8 +548,11 @@ def to_pixels(image):
 
 
 class Augmented(Dataset):
-    """Training images by (step, slot in the batch, number): a random resized crop and flip that depend on
-    (seed, step, slot) alone, and so not on which process reads the image, nor on what it read before."""
+    """Training images by (step, slot in the batch, number): a random resized crop and a flip.
+
+    Both depend on (seed, step, slot) alone, and so not on which process reads the image, nor on what that
+    has read before: a run that continues, or has more workers, sees the same pixels.
+    """
 
     def __init__(self, folders, args):
         self.folders, self.seed, self.cache, self.targets = folders, args.seed, args.cache_targets, None
@@ -558,7 +574,8 @@ class Augmented(Dataset):
 
 
 class Centred(Dataset):
-    """Images by number, resized and cropped at the centre: for evaluations and cached targets."""
+    """Images by number, the shorter side resized and the centre cropped: for evaluations, where it is
+    RobustBench's protocol, and for cached targets, where it is what LightningDiT was trained on."""
 
     def __init__(self, folders, numbers, size, resize):
         self.folders, self.numbers = folders, numbers
@@ -682,7 +699,8 @@ class Data:
         args, device, mine = self.args, self.device, slice(self.rank, None, self.world)
         images, labels, target = [tensor.to(device, non_blocking=True) for tensor in loaded]
         images = images.float() / 255  # [B, 3, H, W] in [0, 1]
-        # One stream of random numbers, read in this order, always for the whole batch.
+        # One stream of random numbers, read in this order. Always for the whole batch, of which this
+        # process then takes its share: so two processes see the starts and noise that one would see.
         random, shape = generator(args.seed, step, "batch", device), (args.batch_size, *images.shape[1:])
         start = images + args.eps * (2 * torch.rand(shape, generator=random, device=device)[mine] - 1)
         noise = None
@@ -696,10 +714,12 @@ def cache_targets(args, data, teacher):
     """Compute the teacher's features once: DIR/targets.npy, float16 [images, 2, width], of each image's
     centre crop and its mirror image, under noise that is fixed per image and view.
 
-    What changes against targets of each step: they no longer follow the random crop, and their noise is the
-    same in every epoch. Chunks that are done are marked in DIR/done.npy, so a stopped run goes on where it
-    was, with any number of processes. Raises InputError where DIR was made from other images or settings,
-    SystemExit on a signal.
+    A step with ViT-B/16 costs 431 GFLOP per image and the teacher 257 (138 the autoencoder, 119 the
+    transformer), so this saves more than a third of the arithmetic of every epoch after the first. What
+    changes against the paper's targets: the classifier sees a piece of the image while the target describes
+    its middle, and the noise is the same in every epoch. Chunks that are done are marked in DIR/done.npy,
+    so a stopped run goes on where it was, with any number of processes. Raises InputError where DIR was
+    made from other images or settings, SystemExit on a signal.
     """
     path, count = Path(args.cache_targets), sum(map(len, data.folders))
     if data.rank == 0:
@@ -798,8 +818,9 @@ def write_rows(path, first, rows):
 def margin_loss(logits, labels):
     """Best wrong logit minus the right one (Carlini & Wagner 2017), at most 0, summed over the batch.
 
-    Hinged at 0 as in DM-AT: an image that is already misclassified adds no gradient and stays where it is.
-    logits [B, classes], labels [B].
+    Cross-entropy's gradient dies where the network is sure of itself; a difference of logits has no such
+    limit, so this attack is usually the stronger one. Hinged at 0 as in DM-AT: an image that is already
+    misclassified adds no gradient and stays where it is. logits [B, classes], labels [B].
     """
     right = logits.gather(1, labels[:, None]).squeeze(1)
     wrong = logits.scatter(1, labels[:, None], -torch.inf).amax(dim=1)
@@ -885,12 +906,15 @@ def restore(path, args, run):
                      "choose another --out")
 
 
-def write_log(path, log):
-    """All rows so far -> log.csv. They are in the checkpoint, too, so a continued run has each row once."""
+def write_log(path, log, minutes_left):
+    """All rows so far -> log.csv, and the last one to the terminal. Rows are kept in the checkpoint, too,
+    so a continued run has each of them once."""
     columns = list(dict.fromkeys(name for row in log for name in row))
     lines = [",".join(columns)]
     lines += [",".join(f"{row[name]:.6g}" if name in row else "" for name in columns) for row in log]
     save_atomically("\n".join(lines) + "\n", path)
+    numbers = [f"{name} {value:.5g} " for name, value in log[-1].items()]
+    print(*numbers, f"{minutes_left:.1f} min left", flush=True)
 
 
 def summarise(recent, done, model, last):
@@ -938,7 +962,12 @@ def stop(number, when):
 
 
 def load_teacher(args, data):
-    """The frozen diffusion encoder g, or None without alignment. Raises InputError where it does not fit."""
+    """The frozen diffusion encoder g, or None without alignment. Raises InputError where it does not fit.
+
+    To align with another teacher, return it here: a module with `width`, `latent_shape` (of its noise),
+    `image_size`, `num_classes` and `mean` (any tensor on its device), called as teacher(images in [0, 1],
+    labels or None, t, noise), that gives features [B, width].
+    """
     if args.dra_weight == 0:
         return None
     few = [data.holdout[i][0] for i in range(min(4, len(data.holdout)))]
@@ -952,11 +981,7 @@ def load_teacher(args, data):
             vae = VAEEncoder(32, [(32, 1, False), (32, 1, True)], latent_channels=4)
             dit = LightningDiT(64, 2, 128, 4, 2, 64, len(data.classes) + 1, args.teacher_layer)
             teacher = DiTEncoder(vae, dit, image_size=32)
-            teacher.checked = True
-            latents = teacher.latents(images).detach()
-            teacher.mean = latents.mean((0, 2, 3), keepdim=True)
-            teacher.std = latents.std((0, 2, 3), keepdim=True)
-            teacher.checked = False
+            teacher.checked = True  # there are no statistics that random latents would have to fit
         teacher(images, None, args.teacher_t)  # it looks whether autoencoder and statistics fit the images
     except (ValueError, OSError) as error:
         raise InputError(f"--teacher {error}") from None
@@ -982,7 +1007,10 @@ def build_run(args, data, teacher, pretrained=False):
     projectors = nn.ModuleList([build_projector(width, teacher.width)] if teacher else []).to(data.device)
     model.to(data.device, memory_format=torch.channels_last)  # the faster layout for convolutions
     model.amp = args.amp
-    averaged = copy.deepcopy(model).requires_grad_(False).eval()  # a copy that shares no storage with it
+    # A copy that shares no storage with the model, or the average would be the model. It is in evaluation
+    # mode for good, and is evaluated in the model's precision: that only selects, AutoAttack judges in
+    # float32.
+    averaged = copy.deepcopy(model).requires_grad_(False).eval()
     return model, averaged, projectors, build_optimizer(args, model, projectors)
 
 
@@ -1069,10 +1097,8 @@ def train(args, data, teacher, run, out, total_steps):
                 save_atomically(checkpoint(args, run, done, best, log), out / "best.pt")
             if saving:  # after best.pt, so that last.pt never knows of a best that is not on disk
                 save_atomically(checkpoint(args, run, done, best, log), out / "last.pt")
-            write_log(out / "log.csv", log)
             minutes = (total_steps - done) * (time.time() - started) / (done - first_step) / 60
-            numbers = [f"{name} {value:.5g} " for name, value in row.items()]
-            print(*numbers, f"{minutes:.1f} min left", flush=True)
+            write_log(out / "log.csv", log, minutes)
         last = out / "last.pt" if saving else last
         if stopping and not final:
             all_reduce(torch.zeros(()))  # all wait until process 0 has saved
