@@ -183,7 +183,8 @@ def finish_args(args, parser):
             ("above 0", lambda x: x > 0, "epochs max_steps lr step_size teacher_sigma eval_every save_every"),
             ("at least 0", lambda x: x >= 0, "attack_steps beta dra_weight weight_decay seed"),
             ("at least 2", lambda x: x >= 2, "batch_size"),
-            ("0 to 1", lambda x: 0 <= x < 1, "eps ema_decay label_smoothing synthetic_fraction")):
+            ("at least 0 and below 1", lambda x: 0 <= x < 1,
+             "eps ema_decay label_smoothing synthetic_fraction")):
         for name in names.split():
             value = getattr(args, name)
             if value is not None and not fits(value):
@@ -1005,6 +1006,8 @@ def print_plan(args, data, run, teacher, total_steps):
         print(f"alignment  lambda {args.dra_weight:g}, {len(run[2])} projector(s), {size(run[2])}")
         print(f"teacher    {args.teacher or 'random'}: {teacher.layer}, {teacher.width} wide,",
               f"{size(teacher)}, sigma {args.teacher_sigma:g}, {labels} labels")
+    else:
+        print("alignment  none: plain adversarial training")
     sys.stdout.flush()
 
 

@@ -178,7 +178,8 @@ def finish_args(args, parser):
             ("at least 2", lambda x: x >= 2, "batch_size"),
             ("at least 32", lambda x: x >= 32, "image_size"),
             ("above 0, up to 1", lambda x: 0 < x <= 1, "teacher_t"),
-            ("0 to 1", lambda x: 0 <= x < 1, "eps ema_decay label_smoothing synthetic_fraction")):
+            ("at least 0 and below 1", lambda x: 0 <= x < 1,
+             "eps ema_decay label_smoothing synthetic_fraction")):
         for name in names.split():
             value = getattr(args, name)
             if value is not None and not fits(value):
@@ -1041,6 +1042,8 @@ def print_plan(args, data, run, teacher, total_steps):
         print(f"alignment  lambda {args.dra_weight:g}, projector {size(run[2])}")
         print(f"teacher    {args.teacher[0] if args.teacher else 'random'}: block {teacher.layer},",
               f"{teacher.width} wide, {size(teacher)}, t {args.teacher_t:g}, {labels} labels, {where}")
+    else:
+        print("alignment  none: plain adversarial training")
     sys.stdout.flush()
 
 

@@ -204,7 +204,7 @@ def bad_flags(folder):
     tiny = str(FIXTURES / "edm_tiny_cond_vp.pkl")
     return [
         (["--arch", "resnet-18"], "--arch resnet-18"),
-        (["--eps", "255"], "--eps 255.0: expected 0 to 1"), (["--eps", "-1/255"], "--eps"), (["--eps", "8/0"], "--eps"), (["--eps", "nan"], "--eps"), (["--eps", "x"], "--eps"),
+        (["--eps", "255"], "--eps 255.0: expected at least 0 and below 1"), (["--eps", "-1/255"], "--eps"), (["--eps", "8/0"], "--eps"), (["--eps", "nan"], "--eps"), (["--eps", "x"], "--eps"),
         (["--step-size", "0"], "--step-size"), (["--attack-steps", "-1"], "--attack-steps -1"), (["--attack-steps", "2.5"], "invalid int value: '2.5'"),
         (["--epochs", "0"], "--epochs"), (["--max-steps", "-5"], "--max-steps"), (["--max-steps", "ten"], "--max-steps"),
         (["--batch-size", "5000"], "--batch-size 5000"), (["--batch-size", "1"], "--batch-size"),

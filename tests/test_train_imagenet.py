@@ -515,7 +515,7 @@ def test_bad_input_is_named_and_writes_nothing(folder, tmp_path, capsys):
         (["--teacher", "/nowhere.pt", *fixtures[1:]], "/nowhere.pt"), (["--teacher", fixtures[0]], "expected 3 arguments"),
         (["--teacher-t", "1.5"], "--teacher-t 1.5"), (["--teacher-t", "0"], "above 0"), (["--eps", "8/0"], "--eps"), (["--lr", "nan"], "--lr"),
         (["--workers", "-1"], "at least 0"), (["--image-size", "8"], "at least 32"), (["--accumulate", "0"], "above 0"), (["--epochs", "1.5"], "invalid int value"),
-        (["--optimizer", "sgd"], "unrecognized arguments"), (["--device", "tpu"], "invalid choice"), (["--synthetic-fraction", "1"], "--synthetic-fraction 1.0: expected 0 to 1"),
+        (["--optimizer", "sgd"], "unrecognized arguments"), (["--device", "tpu"], "invalid choice"), (["--synthetic-fraction", "1"], "--synthetic-fraction 1.0: expected at least 0 and below 1"),
     ]
     for more, message in cases:
         with pytest.raises((InputError, OSError, SystemExit)) as caught:
