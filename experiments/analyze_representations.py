@@ -62,7 +62,7 @@ LOWEST = {  # what a number on the command line has to be at least
 def add_flags(add, command):
     """Declare the flags of one command. add: its parser's `add_argument`."""
     add("--out", default="analysis", help="folder for settings, tables and figure")
-    add("--names", nargs="+", help="what to call each checkpoint or run (default: its folder and file)")
+    add("--names", nargs="+", help="of checkpoints or runs, in place of their folders and files")
     if command == "curves":
         add("runs", nargs="+", help="folders of training runs, or their log.csv files")
         return
@@ -80,7 +80,7 @@ def add_flags(add, command):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     add("--device", choices=["cuda", "cpu"], default=device, help="where to compute")
     if command in ATTACKING:
-        add("--eps", type=fraction, help="largest change of a pixel in [0, 1] (default: RobustBench's)")
+        add("--eps", type=fraction, help="largest change of a pixel in [0, 1]; left out: RobustBench's")
         add("--steps", type=int, default=20, help="of the PGD attack, each of size eps / 4")
     if command in ASKING:
         add("--teacher", required=command in ("cknna", "probe"), help="EDM .pkl, path or URL")
@@ -92,7 +92,7 @@ def add_flags(add, command):
         add("--k", type=int, default=10, help="nearest neighbours (10: Huh et al.)")
     if command == "probe":
         add("--sigmas", type=float, nargs="+", default=[0.02, 0.06, 0.2, 0.5], help="of the grid")
-        add("--layers", nargs="+", help="blocks of the grid (default: the last of each resolution)")
+        add("--layers", nargs="+", help="of the grid; left out: the last at each resolution")
     if command == "sae":
         add("--ks", type=int, nargs="+", default=[4, 8, 16, 32], help="active latents per image")
         add("--expansion", type=int, default=8, help="latents per feature dimension")
@@ -112,7 +112,7 @@ def parse_args(argv=None):
     for name, lowest in LOWEST.items():
         value = getattr(args, name, None)  # not every command has every flag
         if value is not None and not np.min(value) >= lowest:
-            parser.error(f"--{name.replace('_', '-')}: expected at least {lowest:g}")
+            parser.error(f"--{name.replace('_', '-')} {value}: expected at least {lowest:g}")
     if (getattr(args, "eps", None) or 0) >= 1:
         parser.error("--eps: expected less than 1, such as 8/255")
 
@@ -383,6 +383,13 @@ def plot(ax, rows, x, y, style="o-", note="", by="name"):
         if points:
             ax.plot(*zip(*points), style, color=f"C{i % 10}", label=f"{name}{note}")
             ax.legend(fontsize=8)
+
+
+def log_axis(ax, values):
+    """Make the horizontal axis logarithmic, with a tick in plain digits at each of these values."""
+    ax.set_xscale("log")
+    ax.minorticks_off()
+    ax.set_xticks(values, [f"{value:g}" for value in values])
 
 
 def save_figure(args, figure):
@@ -690,8 +697,9 @@ def run_probe(args):
 
     figure, (axes,) = new_figure(1, 2)
     plot(axes[0], grid, "sigma", "accuracy", by="layer")
-    axes[0].set(xscale="log", xlabel="noise level sigma, for images in [-1, 1]", ylabel="accuracy [%]",
+    axes[0].set(xlabel="noise level sigma, for images in [-1, 1]", ylabel="accuracy [%]",
                 title=f"probes of the teacher, {held} held-out images")
+    log_axis(axes[0], args.sigmas)
     plot(axes[1], curves, "eps_255", "accuracy")
     axes[1].set(xlabel="eps [1/255]", ylabel="accuracy [%]", ylim=(0, None), title=f"PGD-{args.steps}")
     save_figure(args, figure)
@@ -793,7 +801,8 @@ def run_sae(args):
     figure, ((ax,),) = new_figure(1, 1)
     plot(ax, rows, "k", "normalised_loss", note=", test images")
     plot(ax, rows, "k", "normalised_loss_train", ":", note=", images fitted to")
-    ax.set(xscale="log", xlabel="active latents k", ylabel="normalised reconstruction loss", ylim=(0, None))
+    ax.set(xlabel="active latents k", ylabel="normalised reconstruction loss", ylim=(0, None))
+    log_axis(ax, args.ks)
     save_figure(args, figure)
 
 
@@ -908,9 +917,9 @@ def read_log(path, name):
 def run_curves(args):
     """Training curves of one or more runs, from the log.csv in their folders.
 
-    The gap between accuracy on training batches and on held-out images is robust overfitting: attacked
-    accuracy on held-out images falls late in training while it still rises on training images. Synthetic
-    images are there to close it. The cosine says how far a run with DRA has come in imitating its teacher.
+    A gap between attacked accuracy on training batches and on held-out images is robust overfitting: late in
+    training the latter falls while the former still rises. Synthetic images are there to close it. The cosine
+    says how far a run with DRA has come in imitating its teacher.
     """
     rows = [row for path, name in zip(args.runs, args.names) for row in read_log(path, name)]
     claim(args)

@@ -40,7 +40,7 @@ def test_alignment_is_the_squared_distance_on_the_sphere():
 
 
 def test_uniformity_of_uniform_points_on_a_sphere():
-    """In 3-D the cosine of random directions is uniform in [-1, 1]: exp(4 cos - 4) averages (1 - e^-8) / 8."""
+    """In 3-D the cosine of random directions is uniform in [-1, 1]: E exp(4 cos - 4) = (1 - e^-8) / 8."""
     points = normal(3000, 3)
     assert uniformity(points) == pytest.approx(math.log((1 - math.exp(-8)) / 8), abs=0.02)
     assert uniformity(torch.ones(10, 3)) == pytest.approx(0, abs=1e-12), "all the same: the worst"
