@@ -6,9 +6,9 @@
     encoder = load_dit_encoder(dit_path, vae_path, stats_path)
     target = encoder(images, labels, t=0.9)          # images [B, 3, 256, 256] in [0, 1] -> [B, 1152]
 
-The target is g(x_t, t, y) of the paper's eq. (3): what a diffusion model thinks of a clean image x with some
-noise and of its label y. LightningDiT (Yao et al. 2025, arXiv 2501.01423) denoises no pixels. It works on the
-latents of VA-VAE, an autoencoder by the same authors that was trained to make latents agree with DINOv2's
+The target is g(x_t, t, y) of the paper's eq. (3): what a diffusion model makes of a clean image x with some
+noise, and of its label y. LightningDiT (Yao et al. 2025, arXiv 2501.01423) denoises no pixels. It works on
+the latents of VA-VAE, an autoencoder by the same authors that was trained to make them agree with DINOv2's
 features. So an image goes through three stages, each with a file of its own:
 
     VA-VAE's encoder     [B, 3, 256, 256] -> the latent's mean, [B, 32, 16, 16]
@@ -18,12 +18,11 @@ features. So an image goes through three stages, each with a file of its own:
 Why noise, and why the middle? The network is there to take noise away and has hardly ever seen an image
 without. A little of it hides what recognition does not need, so features are best at a low noise level.
 Early blocks are close to the input and late ones to the output; what the picture shows is clearest half way
-(section 3 of the paper; layer 14 in appendix D). Mind the direction of time: t = 1 is the clean image and t
-= 0 pure noise, the reverse of most diffusion papers. t = 0.9 is our choice, since our copy of the paper has
-lost its number.
+(section 3 of the paper; layer 14 in appendix D). Mind the direction of time: at t = 1 the image is clean and
+at t = 0 it is pure noise, the reverse of most diffusion papers. t = 0.9 is our choice, since our copy of the
+paper has lost its number.
 
-Both networks are our own code with the released files' parameter names. A file is data: nothing in it can
-run.
+Both networks are our own code with the released files' parameter names. Reading a file runs nothing in it.
 """
 import argparse
 import contextlib
@@ -76,10 +75,9 @@ class AttnBlock(nn.Module):
 class VAEEncoder(nn.Module):
     """Images [B, 3, H, W] in [-1, 1] -> the latent's mean [B, latent_channels, H / f, W / f].
 
-    channels: of the first convolution. levels: for each resolution (channels, number of blocks, with
-    attention or not). Each level but the last halves the image, so f = 2^(levels - 1), 16 in the released
-    file. The empty nn.Module()s compute nothing. They give the tensors the file's names, such as
-    encoder.mid.block_1.
+    channels: of the first convolution. levels: for each resolution (channels, number of blocks, attention or
+    not). Each level but the last halves the image: f = 2^(levels - 1), 16 in the released file. The empty
+    nn.Module()s compute nothing; they give the tensors the file's names, such as encoder.mid.block_1.
     """
 
     def __init__(self, channels, levels, latent_channels):
@@ -253,10 +251,9 @@ class LightningDiT(nn.Module):
 class DiTEncoder(nn.Module):
     """The teacher: encoder(images, labels, t, noise) -> pooled diffusion features [B, width].
 
-    Frozen: no parameter requires a gradient. A gradient into the images flows where the caller asks for
-    one. zero_channels: the channels to silence. Attributes: image_size, num_classes, layer, width (of the
-    features), latent_shape (C, H, W), amp (compute in bfloat16 on CUDA), checked (the first batch was, see
-    `latents`).
+    Frozen: no parameter requires a gradient. A gradient into the images flows where the caller asks for one.
+    zero_channels: the channels to silence. Attributes: image_size, num_classes, layer, width (of the
+    features), latent_shape (C, H, W), amp (bfloat16 on CUDA), checked (the first batch was, see `latents`).
     """
 
     def __init__(self, vae, dit, image_size, zero_channels=()):
@@ -276,9 +273,9 @@ class DiTEncoder(nn.Module):
     def latents(self, images):
         """images [B, 3, H, W] in [0, 1] -> normalised latents z [B, *latent_shape] float32.
 
-        Any input gives some features, so the classic mistakes here are silent. The first batch is looked
-        at: raises ValueError for images outside [0, 1] and for latents far from zero mean and unit
-        variance, and for images of another shape always.
+        Any input gives some features, so the classic mistakes are silent. Hence a look at the first batch:
+        images outside [0, 1] and latents far from zero mean and unit variance are a ValueError. So are
+        images of another shape, always.
         """
         if images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(f"the teacher takes images [B, 3, H, W], not {list(images.shape)}")
@@ -483,7 +480,7 @@ def main():
     parser.add_argument("dit", help="LightningDiT's .pt")
     parser.add_argument("vae", help="VA-VAE's .pt")
     parser.add_argument("stats", help="latents_stats.pt")
-    parser.add_argument("--layer", type=int, default=14, help="block that features enter (default: %(default)s)")
+    parser.add_argument("--layer", type=int, default=14, help="block to stop at (default: %(default)s)")
     args = parser.parse_args()
     try:
         encoder = load_dit_encoder(args.dit, args.vae, args.stats, args.layer)

@@ -226,12 +226,12 @@ class EDMEncoder(nn.Module):
     """The teacher: encoder(images, labels, sigma, noise) -> pooled diffusion features [B, width].
 
     It adds the noise, and it does the half of EDM's preconditioning that concerns the input. The denoiser is
-        D(x; sigma) = c_skip x + c_out F(c_in x; c_noise, y)
+        D(x_t; sigma) = c_skip x_t + c_out F(c_in x_t; c_noise, y)
         c_in = 1 / sqrt(sigma^2 + sigma_data^2),  c_noise = ln(sigma) / 4
-    where F is the network. x has the images' variance, sigma_data^2 = 0.5^2 on [-1, 1], plus the noise's,
+    where F is the network. x_t has the images' variance, sigma_data^2 = 0.5^2 on [-1, 1], plus the noise's,
     sigma^2. c_in brings it to 1 at every noise level, so that F never meets an input of unusual size.
-    c_noise tells F the level on a scale that it can resolve. c_skip and c_out concern the output, which we
-    never compute.
+    c_noise tells F the level, which ranges over orders of magnitude, on a logarithmic scale. c_skip and
+    c_out concern the output, which we never compute.
 
     Frozen: no parameter requires a gradient, and nothing depends on train or eval mode. A gradient into the
     images flows where the caller asks for one. Attributes: img_resolution, label_dim (0: the network takes
