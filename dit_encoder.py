@@ -362,9 +362,10 @@ def read_tensors(path, kind):
     """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except OSError:
-        raise
-    except Exception as error:  # not torch's own text, which suggests weights_only=False
+    except Exception as error:
+        if isinstance(error, OSError) and error.filename:  # it cannot be opened; nameless ones mean damage
+            raise
+        # Without torch's own text, which suggests weights_only=False.
         raise ValueError(f"damaged, or no file of tensors and plain data ({type(error).__name__})") from None
     for section in ("ema", "state_dict"):  # LightningDiT's averaged weights; VA-VAE's weights
         if isinstance(content, dict):

@@ -226,8 +226,8 @@ def test_damaged_and_hostile_files_are_refused_and_never_run(tmp_path):
     whole, path = DIT.read_bytes(), tmp_path / "file.pt"
     beside = save(tmp_path / "a.pt", {"ema": read(DIT)["ema"], "x": Hostile()}).read_bytes()
     alone = save(tmp_path / "b.pt", Hostile()).read_bytes()
-    files = [b"", whole[:100], whole[:len(whole) // 2], whole[:-1], b"<html>", pickle.dumps(Hostile()),
-             pickle.dumps({"ema": Hostile()}), beside, alone]
+    files = [b"", whole[:100], whole[:5000], whole[:len(whole) // 2], whole[:-1], b"<html>",
+             pickle.dumps(Hostile()), pickle.dumps({"ema": Hostile()}), beside, alone]
     for content in files:
         path.write_bytes(content)
         for position in range(3):
