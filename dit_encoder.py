@@ -1,39 +1,46 @@
-"""Features of a frozen LightningDiT diffusion model, as a target for a classifier: g(x_t, t, y) in eq. (3) of arXiv 2602.19931.
+"""Features of a frozen LightningDiT: what arXiv 2602.19931 aligns a robust ImageNet classifier with.
 
-    python dit_encoder.py lightningdit-xl-imagenet256-800ep.pt vavae-imagenet256-f16d32-dinov2.pt latents_stats.pt   # what they hold
+    DIT=lightningdit-xl-imagenet256-800ep.pt VAE=vavae-imagenet256-f16d32-dinov2.pt STATS=latents_stats.pt
+    python dit_encoder.py $DIT $VAE $STATS           # what the files hold; nothing inside them is run
 
-    encoder = load_dit_encoder("lightningdit-xl-imagenet256-800ep.pt", "vavae-imagenet256-f16d32-dinov2.pt", "latents_stats.pt")
-    target = encoder(images, labels, t=0.9)                     # images [B, 3, 256, 256] in [0, 1] -> [B, 1152]
+    encoder = load_dit_encoder(dit_path, vae_path, stats_path)
+    target = encoder(images, labels, t=0.9)          # images [B, 3, 256, 256] in [0, 1] -> [B, 1152]
 
-LightningDiT (Yao et al. 2025, arXiv 2501.01423) generates ImageNet images in the latent space of VA-VAE, an autoencoder of
-the same authors. An image goes through three stages here, each from a file of its own:
+The target is g(x_t, t, y) of the paper's eq. (3): what a diffusion model makes of a clean image x with some
+noise, and of its label y. LightningDiT (Yao et al. 2025, arXiv 2501.01423) denoises no pixels. It works on
+the latents of VA-VAE, an autoencoder by the same authors that was trained to make them agree with DINOv2's
+features. So an image goes through three stages, each with a file of its own:
 
-    VA-VAE's encoder      [B, 3, 256, 256] -> the latent's mean [B, 32, 16, 16]
-    latent statistics     per channel to zero mean and unit variance: z; then noise, z_t = t z + (1 - t) noise, t = 1 is clean
-    LightningDiT-XL/1     the first 14 of its 28 transformer blocks -> [B, 256, 1152], then the input of block 14's attention
+    VA-VAE's encoder     [B, 3, 256, 256] -> the latent's mean, [B, 32, 16, 16]
+    latent statistics    zero mean and unit variance in each channel: z. Then noise: z_t = t z + (1 - t) noise
+    LightningDiT-XL/1    the first 14 of its 28 blocks -> [B, 256, 1152], one token for each of 16 x 16 places
 
-The paper takes the hidden state that enters block 14, sets two channels with abnormally large activations to zero, and
-applies that block's adaptive layer norm (appendix D); the mean over tokens is our choice, as its text names none.
+Why noise, and why the middle? The network is there to take noise away and has hardly ever seen an image
+without. A little of it hides what recognition does not need, so features are best at a low noise level.
+Early blocks are close to the input and late ones to the output; what the picture shows is clearest half way
+(section 3 of the paper; layer 14 in appendix D). Mind the direction of time: at t = 1 the image is clean and
+at t = 0 it is pure noise, the reverse of most diffusion papers. t = 0.9 is our choice, since our copy of the
+paper has lost its number.
 
-Both networks are our own code with the released files' parameter names. A file is read as data: nothing in it can run.
+Both networks are our own code with the released files' parameter names. Reading a file runs nothing in it.
 """
 import argparse
+import contextlib
 import math
-import re
 import sys
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-EPS = 1e-6  # in all norms
+EPS = 1e-6  # in all norms, of both networks
 
-# ---------------------------------------------------------------------------------------------------------------------
-# VA-VAE's encoder: the convolutional encoder of latent diffusion (Rombach et al. 2022), with its parameter names.
+# ------------------------------------------------------------------------------------------------------------
+# VA-VAE's encoder: the convolutional one of latent diffusion (Rombach et al. 2022), with its parameter names.
 
 
 class ResnetBlock(nn.Module):
-    """Two convolutions with a shortcut, [B, in_channels, H, W] -> [B, out_channels, H, W]."""
+    """Two convolutions and a shortcut, [B, in_channels, H, W] -> [B, out_channels, H, W]."""
 
     def __init__(self, in_channels, out_channels):
         super().__init__()
@@ -51,7 +58,7 @@ class ResnetBlock(nn.Module):
 
 
 class AttnBlock(nn.Module):
-    """Attention with one head over all positions, [B, C, H, W] -> same."""
+    """Self-attention over all H*W positions, a single head of width C, [B, C, H, W] -> same."""
 
     def __init__(self, channels):
         super().__init__()
@@ -60,15 +67,17 @@ class AttnBlock(nn.Module):
 
     def forward(self, x):
         h = self.norm(x)
-        q, k, v = (layer(h).flatten(2).transpose(1, 2) for layer in (self.q, self.k, self.v))  # each [B, H*W, C]
+        q, k, v = (layer(h).flatten(2).transpose(1, 2) for layer in (self.q, self.k, self.v))  # [B, H*W, C]
         h = F.scaled_dot_product_attention(q, k, v)
         return x + self.proj_out(h.transpose(1, 2).reshape(x.shape))
 
 
 class VAEEncoder(nn.Module):
-    """Images in [-1, 1] [B, 3, H, W] -> mean of the latent [B, latent_channels, H / f, W / f], f = 2^(levels - 1).
+    """Images [B, 3, H, W] in [-1, 1] -> the latent's mean [B, latent_channels, H / f, W / f].
 
-    channels: the first convolution's; levels: for each resolution its (channels, number of blocks, with attention or not).
+    channels: of the first convolution. levels: for each resolution (channels, number of blocks, attention or
+    not). Each level but the last halves the image: f = 2^(levels - 1), 16 in the released file. The empty
+    nn.Module()s compute nothing; they give the tensors the file's names, such as encoder.mid.block_1.
     """
 
     def __init__(self, channels, levels, latent_channels):
@@ -86,7 +95,8 @@ class VAEEncoder(nn.Module):
             self.encoder.down.append(level)
             channels = width
         self.encoder.mid = nn.Module()
-        self.encoder.mid.block_1, self.encoder.mid.block_2 = ResnetBlock(channels, channels), ResnetBlock(channels, channels)
+        self.encoder.mid.block_1 = ResnetBlock(channels, channels)
+        self.encoder.mid.block_2 = ResnetBlock(channels, channels)
         self.encoder.mid.attn_1 = AttnBlock(channels)
         self.encoder.norm_out = nn.GroupNorm(32, channels, eps=EPS)
         self.encoder.conv_out = nn.Conv2d(channels, 2 * latent_channels, 3, padding=1)
@@ -99,29 +109,39 @@ class VAEEncoder(nn.Module):
                 x = block(x)
                 x = level.attn[j](x) if len(level.attn) else x
             if hasattr(level, "downsample"):
-                x = level.downsample.conv(F.pad(x, (0, 1, 0, 1)))  # pads right and bottom only
+                # Zeros at the right and bottom only, as in latent diffusion. With one pixel on all sides the
+                # shapes are the same and every latent looks at the wrong pixels.
+                x = level.downsample.conv(F.pad(x, (0, 1, 0, 1)))
         x = self.encoder.mid.block_2(self.encoder.mid.attn_1(self.encoder.mid.block_1(x)))
-        mean, _log_variance = self.quant_conv(self.encoder.conv_out(F.silu(self.encoder.norm_out(x)))).chunk(2, dim=1)
+        x = self.encoder.conv_out(F.silu(self.encoder.norm_out(x)))
+        # Each latent comes as a Gaussian. We take its mean, so that the only noise in the features is the
+        # one that is added on purpose.
+        mean, _log_variance = self.quant_conv(x).chunk(2, dim=1)
         return mean
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# LightningDiT, as far as the block whose input is the target
+# ------------------------------------------------------------------------------------------------------------
+# LightningDiT: a diffusion transformer (Peebles and Xie 2023) with RMSNorm, SwiGLU and rotary positions.
 
 
 def modulate(x, shift, scale):
-    """Adaptive layer norm's second half: x [B, T, D] scaled and shifted per image, shift and scale [B, D]."""
+    """Scale and shift the tokens x [B, T, D] of each image by its own shift and scale [B, D]."""
     return x * (1 + scale[:, None]) + shift[:, None]
 
 
 def rotate(x, cos, sin):
-    """Rotary position embedding of x [B, heads, T, d] by angles cos, sin [T, d]: neighbouring entries are a pair."""
+    """Rotary position embedding: x [B, heads, T, d] turned by each position's angles, cos and sin [T, d].
+
+    The product of a turned query and a turned key depends on how far apart their tokens are. NEIGHBOURING
+    entries form a pair, (x0, x1) -> (x0 cos - x1 sin, x1 cos + x0 sin). Much other code pairs the first half
+    with the second; with these weights that runs and is wrong.
+    """
     first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
     return x * cos + torch.stack([-second, first], dim=-1).flatten(-2) * sin
 
 
 class Attention(nn.Module):
-    """Self-attention with rotary positions, [B, T, D] -> same; cos, sin [T, D / num_heads]."""
+    """Self-attention with rotary positions, [B, T, D] -> same. cos, sin [T, D / num_heads]."""
 
     def __init__(self, width, num_heads):
         super().__init__()
@@ -129,13 +149,14 @@ class Attention(nn.Module):
         self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
 
     def forward(self, x, cos, sin):
-        q, k, v = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # each [B, heads, T, d]
-        q, k = rotate(q, cos, sin).to(v.dtype), rotate(k, cos, sin).to(v.dtype)
+        # The 3D outputs are three blocks of D, each cut into heads (in EDM they are groups of three).
+        q, k, v = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # [B, heads, T, d]
+        q, k = rotate(q, cos, sin).to(v.dtype), rotate(k, cos, sin).to(v.dtype)  # the angles are float32
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
 class SwiGLU(nn.Module):
-    """Gated feed-forward layer, [B, T, D] -> same."""
+    """Feed-forward layer [B, T, D] -> same. One half of the hidden units gates the other."""
 
     def __init__(self, width, hidden):
         super().__init__()
@@ -147,7 +168,12 @@ class SwiGLU(nn.Module):
 
 
 class DiTBlock(nn.Module):
-    """Transformer block, modulated by the embedding c of time and label. norm_only: what leads to the attention's input."""
+    """Transformer block with adaptive layer norm (AdaLN).
+
+    Time and label arrive as one vector per image, c [B, D]. Each block makes six vectors of it: shift and
+    scale of the normalised tokens and a gate on what comes back, for the attention and for the feed-forward
+    layer. norm_only: nothing behind the attention's input, for the block whose input is the target.
+    """
 
     def __init__(self, width, num_heads, mlp_hidden, norm_only=False):
         super().__init__()
@@ -159,53 +185,75 @@ class DiTBlock(nn.Module):
             self.mlp = SwiGLU(width, mlp_hidden)
 
     def attention_input(self, x, c):
-        """x [B, T, D], c [B, D] -> [B, T, D]: the norm and AdaLN in front of the attention."""
+        """x [B, T, D], c [B, D] -> [B, T, D]: what the attention would see, norm and AdaLN applied."""
         shift, scale = self.adaLN_modulation(c).chunk(6, dim=1)[:2]
         return modulate(self.norm1(x), shift, scale)
 
     def forward(self, x, c, cos, sin):
-        shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).chunk(6, dim=1)  # each [B, D]
+        """x [B, T, D], c [B, D], angles cos and sin [T, d] -> [B, T, D]."""
+        shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).chunk(6, dim=1)
         x = x + gate[:, None] * self.attn(modulate(self.norm1(x), shift, scale), cos, sin)
         return x + gate_mlp[:, None] * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
 
 
 class LightningDiT(nn.Module):
-    """The first `layer` blocks, and the norm and modulation of block `layer`.
+    """The first `layer` blocks, and the norm and AdaLN of block `layer`.
 
-    latent_channels, patch: of the patch convolution; tokens: positions; label_rows: classes + 1, the last one is "no label".
+    latent_channels, patch: of the convolution that makes tokens. tokens: how many there are. label_rows:
+    classes + 1, as the last row of the table means "no label". Positions enter twice, as in the released
+    network: an embedding is added to the tokens, and the attention rotates. Both are read from the file;
+    until then they do nothing.
     """
 
     def __init__(self, width, num_heads, mlp_hidden, latent_channels, patch, tokens, label_rows, layer):
         super().__init__()
+        # Empty modules for the file's names, as in VAEEncoder.
         self.x_embedder, self.t_embedder, self.y_embedder, self.feat_rope = (nn.Module() for _ in range(4))
         self.x_embedder.proj = nn.Conv2d(latent_channels, width, patch, stride=patch)
         self.t_embedder.mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
         self.y_embedder.embedding_table = nn.Embedding(label_rows, width)
-        self.pos_embed = nn.Parameter(torch.zeros(1, tokens, width))  # this and the angles are a file's; without one: no position
+        self.pos_embed = nn.Parameter(torch.zeros(1, tokens, width))
+        # One half of each head's angles tells the token's row, the other its column.
         self.feat_rope.register_buffer("freqs_cos", torch.ones(tokens, width // num_heads))
         self.feat_rope.register_buffer("freqs_sin", torch.zeros(tokens, width // num_heads))
-        self.blocks = nn.ModuleList(DiTBlock(width, num_heads, mlp_hidden, norm_only=i == layer) for i in range(layer + 1))
+        self.blocks = nn.ModuleList(DiTBlock(width, num_heads, mlp_hidden, norm_only=i == layer)
+                                    for i in range(layer + 1))
+
+    def embed(self, z_t, t, label_row):
+        """z_t [B, C, H, W], t [B], label_row [B] int64 -> (tokens [B, T, D], c [B, D] of time and label)."""
+        # Cosine first, unlike EDM, and t stays in [0, 1], where older models count to 1000.
+        frequencies = torch.exp(torch.arange(128, device=t.device) * (-math.log(10000) / 128))  # 1 to 1/10000
+        angles = t[:, None] * frequencies  # [B, 128]
+        time = self.t_embedder.mlp(torch.cat([angles.cos(), angles.sin()], dim=1))
+        tokens = self.x_embedder.proj(z_t).flatten(2).transpose(1, 2) + self.pos_embed  # row by row
+        return tokens, time + self.y_embedder.embedding_table(label_row)
 
     def forward(self, z_t, t, label_row, kept):
-        """z_t [B, C, H, W], t [B], label_row [B], kept [D]: 0 for a channel to silence, else 1 -> (the hidden state that enters
-        block `layer`, that block's attention input made from hidden * kept), both [B, T, D]."""
-        angles = t[:, None] * torch.exp(torch.arange(128, device=t.device) * (-math.log(10000) / 128))  # [B, 128]
-        c = self.t_embedder.mlp(torch.cat([angles.cos(), angles.sin()], dim=1)) + self.y_embedder.embedding_table(label_row)
-        hidden = self.x_embedder.proj(z_t).flatten(2).transpose(1, 2) + self.pos_embed  # [B, T, D], row by row
+        """As `embed`, and kept [D], 0 for a channel to silence and 1 for others.
+
+        Returns (the hidden state that enters block `layer`, what enters that block's attention once the
+        channels are silenced), both [B, T, D].
+        """
+        hidden, c = self.embed(z_t, t, label_row)
         for block in self.blocks[:-1]:
             hidden = block(hidden, c, self.feat_rope.freqs_cos, self.feat_rope.freqs_sin)
+        # A few channels of a trained diffusion transformer are many times larger than all others, whatever
+        # the image shows. In the cosine of eq. (3) little else would count. The paper zeroes them "before
+        # applying AdaLN modulation" (appendix D). We do it before the norm as well, which divides a token by
+        # its size: later, they would be gone themselves but have shrunk all the others.
         return hidden, self.blocks[-1].attention_input(hidden * kept, c)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The three stages together
+# ------------------------------------------------------------------------------------------------------------
+# From a clean image to its features: latents, noise, transformer, mean over tokens.
 
 
 class DiTEncoder(nn.Module):
-    """`encoder(images, labels, t, noise)` gives pooled features [B, width]. Frozen: no parameter requires a gradient; a
-    gradient with respect to the images flows where the caller asks for one.
+    """The teacher: encoder(images, labels, t, noise) -> pooled diffusion features [B, width].
 
-    Attributes: image_size, num_classes, layer, width (of the features), latent_shape (C, H, W), and amp: bfloat16 on CUDA.
+    Frozen: no parameter requires a gradient. A gradient into the images flows where the caller asks for one.
+    zero_channels: the channels to silence. Attributes: image_size, num_classes, layer, width (of the
+    features), latent_shape (C, H, W), amp (bfloat16 on CUDA), checked (the first batch was, see `latents`).
     """
 
     def __init__(self, vae, dit, image_size, zero_channels=()):
@@ -215,193 +263,236 @@ class DiTEncoder(nn.Module):
         self.num_classes = dit.y_embedder.embedding_table.num_embeddings - 1
         channels, side = dit.x_embedder.proj.in_channels, image_size >> (len(vae.encoder.down) - 1)
         self.latent_shape = (channels, side, side)
-        self.register_buffer("kept", torch.ones(self.width).index_fill(0, torch.tensor(zero_channels, dtype=torch.int64), 0.0))
+        silenced = torch.tensor(zero_channels, dtype=torch.int64)
+        self.register_buffer("kept", torch.ones(self.width).index_fill(0, silenced, 0.0))
         self.register_buffer("mean", torch.zeros(1, channels, 1, 1))
         self.register_buffer("std", torch.ones(1, channels, 1, 1))
         self.amp, self.checked = True, False
         self.requires_grad_(False).eval()
 
     def latents(self, images):
-        """images [B, 3, H, W] in [0, 1] -> normalised latents z [B, *latent_shape], float32. Raises ValueError where the first batch is not
-        in [0, 1], or its z far from zero mean and unit variance: then the autoencoder and the statistics do not belong together."""
+        """images [B, 3, H, W] in [0, 1] -> normalised latents z [B, *latent_shape] float32.
+
+        Any input gives some features, so the classic mistakes are silent. Hence a look at the first batch:
+        images outside [0, 1] and latents far from zero mean and unit variance are a ValueError. So are
+        images of another shape, always.
+        """
         if images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(f"the teacher takes images [B, 3, H, W], not {list(images.shape)}")
-        if images.shape[2:] != (self.image_size, self.image_size):
-            images = F.interpolate(images, (self.image_size, self.image_size), mode="bicubic", antialias=True).clamp(0, 1)
+        size = (self.image_size, self.image_size)
+        if images.shape[2:] != size:
+            # A classifier's 224 px crop would make 14 x 14 latents; the network knows only 16 x 16 positions.
+            images = F.interpolate(images, size, mode="bicubic", antialias=True).clamp(0, 1)  # it overshoots
         z = (self.vae(2 * images - 1).float() - self.mean) / self.std
-        if not self.checked:  # once: looking at values makes a GPU wait
-            low, high, mean, std = [value.item() for value in (*images.detach().aminmax(), z.detach().mean(), z.detach().std())]
+        if not self.checked:  # once, as looking at values makes a GPU wait
+            low, high, mean, std = *images.aminmax(), z.mean(), z.std()
             if not -1e-3 < low <= high < 1 + 1e-3:
                 raise ValueError(f"the first images run from {low:g} to {high:g}, expected values in [0, 1]")
             if not (abs(mean) < 0.5 and 0.5 < std < 2):
-                raise ValueError(f"the normalised latents of the first batch have mean {mean:.2f} and standard deviation {std:.2f}, expected "
-                                 "about 0 and 1: the latent statistics do not belong to this autoencoder")
+                raise ValueError(f"the normalised latents of the first batch have mean {mean:.2f} and std "
+                                 f"{std:.2f}, expected about 0 and 1: statistics of another autoencoder?")
             self.checked = True
         return z
 
     def activations(self, images, labels, t, noise=None):
-        """Features before pooling, (hidden, modulated), both [B, tokens, width] float32: the state that enters block `layer`, and
-        the one that enters its attention. Arguments and errors as in `forward`."""
-        batch, device = images.shape[0], images.device
+        """Features before the mean over tokens. Arguments and errors as in `forward`.
+
+        Returns (the state that enters block `layer`, what enters its attention), both [B, T, width] float32.
+        """
+        batch, device, classes = images.shape[0], images.device, self.num_classes
         with torch.autocast(device.type, torch.bfloat16, enabled=self.amp and device.type == "cuda"):
             z = self.latents(images)
             if labels is None:
-                labels = torch.full((batch,), self.num_classes, device=device)
-            # On a GPU this look at the values would stall the queue; there an index out of range trips a device assertion.
-            elif device.type == "cpu" and not 0 <= int(labels.min()) <= int(labels.max()) < self.num_classes:
-                raise ValueError(f"the teacher knows labels 0 to {self.num_classes - 1}, not {int(labels.min())} to {int(labels.max())}")
-            t = t.float().expand(batch) if isinstance(t, torch.Tensor) else torch.full((batch,), float(t), device=device)
+                labels = torch.full((batch,), classes, device=device)  # the table's row for "no label"
+            # Only on a CPU: a GPU would have to wait for the values, and the table stops at bad ones there.
+            elif device.type == "cpu" and not (0 <= labels.min() and labels.max() < classes):
+                raise ValueError(f"the teacher knows labels 0 to {classes - 1}, "
+                                 f"not {labels.min()} to {labels.max()}")
+            if not isinstance(t, torch.Tensor):
+                t = torch.full((batch,), float(t), device=device)
+            t = t.float().expand(batch)
             noise = torch.randn_like(z) if noise is None else noise
             if noise.shape != z.shape:
                 raise ValueError(f"noise is {list(noise.shape)}, expected the latent's shape {list(z.shape)}")
+            # Flow matching: a straight line from noise at t = 0 to the image at t = 1. t means the same share
+            # of noise as in training only where z has unit variance; that is what the statistics are for.
             z_t = t[:, None, None, None] * z + (1 - t[:, None, None, None]) * noise
             hidden, modulated = self.dit(z_t, t, labels, self.kept)
         return hidden.float(), modulated.float()
 
     def forward(self, images, labels, t, noise=None):
-        """Diffusion features g(x_t, t, y) of clean images (section 3 and appendix D of the paper).
+        """g(x_t, t, y) of eq. (3), for clean images (sections 3 and 4.2 and appendix D of the paper).
 
-        images [B, 3, H, W] float32 in [0, 1], resized to image_size where they differ; labels [B] int64 or None (no label); t in
-        [0, 1], 1 = clean image, 0 = pure noise, a float or a tensor [B]; noise [B, *latent_shape] standard normal, drawn here
-        if None. Returns float32 [B, width], the mean over tokens. Raises ValueError for images or noise of another shape, for
-        latents that are not normalised (first batch), and (on the CPU) for labels out of range.
+        images [B, 3, H, W] float32 in [0, 1], resized to image_size where they differ. labels [B] int64, or
+        None for no label. t in [0, 1], from pure noise to the clean image, a float or a tensor [B]. noise
+        [B, *latent_shape] standard normal, drawn here if None. Returns float32 [B, width], the mean over
+        tokens (our choice, as the paper does not say how it pools here). Raises ValueError as `latents`
+        does, for noise of another shape, and, on a CPU, for labels that the network does not know.
         """
         return self.activations(images, labels, t, noise)[1].mean(dim=1)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Files: names and shapes -> networks of that size -> tensors
+# ------------------------------------------------------------------------------------------------------------
+# Files: names and shapes tell the networks' sizes; networks of that size are built and filled.
 
-_KINDS = {"x_embedder.proj.weight": "a LightningDiT checkpoint", "encoder.conv_in.weight": "a VA-VAE checkpoint", "mean": "latent statistics"}
+_MARKS = {  # kind of file: the tensor that tells it
+    "a LightningDiT checkpoint": "x_embedder.proj.weight",
+    "a VA-VAE checkpoint": "encoder.conv_in.weight",
+    "latent statistics": "mean",
+}
 
 
-def _read(path, section, signature):
-    """Tensors by name from a .pt file, from its dict `section` if it has one, without the prefix "module.". Data only. Raises
-    ValueError unless `signature`, a name that marks the kind of file that is expected, is among them."""
+@contextlib.contextmanager
+def naming(path):
+    """What goes wrong inside becomes one ValueError line that names the file, as an OSError does already."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # mapped: most of a file is not needed
-    except Exception as error:  # without torch's own text: it suggests to load with weights_only=False
-        if isinstance(error, OSError) and error.filename:  # cannot be opened
+        yield
+    except OSError:
+        raise
+    except Exception as error:  # KeyError: of a tensor that was looked up by name
+        text = f"lacks {error.args[0]}" if isinstance(error, KeyError) else str(error).partition("\n")[0]
+        raise ValueError(f"{path}: {text}") from None
+
+
+def read_tensors(path, kind):
+    """Tensors by name from a .pt file of that kind (a key of _MARKS). Raises ValueError for any other file.
+
+    weights_only is torch's restricted reader: a file that asks for more than tensors and plain data is
+    refused. The file is mapped, as most of a checkpoint (later blocks, decoder, optimiser) is never needed.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:
+        if isinstance(error, OSError) and error.filename:  # it cannot be opened; nameless ones mean damage
             raise
-        raise ValueError(f"{path}: damaged, or no file of tensors and plain data ({type(error).__name__})") from None
-    names = lambda part: {str(name).removeprefix("module."): value for name, value in part.items()} if isinstance(part, dict) else {}
-    content = content if isinstance(content, dict) else {}
-    tensors = {name: value for name, value in names(content.get(section, content)).items() if isinstance(value, torch.Tensor)}
-    if signature not in tensors:
-        everything = [name for part in (content, *content.values()) for name in names(part)]
-        kind = next((kind for name, kind in _KINDS.items() if name in everything), "something else")
-        raise ValueError(f"{path}: expected {_KINDS[signature]}, this is {kind}: it lacks {signature}")
+        # Without torch's own text, which suggests weights_only=False.
+        raise ValueError(f"damaged, or no file of tensors and plain data ({type(error).__name__})") from None
+    for section in ("ema", "state_dict"):  # LightningDiT's averaged weights; VA-VAE's weights
+        if isinstance(content, dict):
+            content = content.get(section, content)
+    items = content.items() if isinstance(content, dict) else ()
+    # Training on several GPUs leaves "module." in front of names.
+    tensors = {str(name).removeprefix("module."): value for name, value in items
+               if isinstance(value, torch.Tensor)}
+    found = next((other for other, mark in _MARKS.items() if mark in tensors), "something else")
+    if found != kind:
+        raise ValueError(f"expected {kind}, this is {found}: it lacks {_MARKS[kind]}")
     return tensors
 
 
+def take(tensors, name, shape):
+    """A float32 copy of the tensor of that name (the mapped memory itself would keep the file open).
+
+    Raises KeyError where it is missing, ValueError for another shape or for numbers that are not finite.
+    """
+    tensor = tensors[name]
+    if tensor.shape != shape:
+        raise ValueError(f"{name} is {list(tensor.shape)}, expected {list(shape)}")
+    if not tensor.isfinite().all():
+        raise ValueError(f"{name} is not finite")
+    return tensor.to(torch.float32, copy=True)
+
+
+def fill(module, tensors, used):
+    """Give `module`, built on the meta device, the tensors of its names. Raises what `take` raises.
+
+    used: prefixes of the parts that it computes. A further tensor there, say of a norm that our network does
+    not have, means another architecture and wrong features if we ignored it: ValueError.
+    """
+    empty = module.state_dict()
+    unknown = [name for name in tensors if name not in empty and name.startswith(used)]
+    if unknown:
+        raise ValueError(f"is of another architecture, it has {unknown[0]}")
+    filled = {name: take(tensors, name, tensor.shape) for name, tensor in empty.items()}
+    module.load_state_dict(filled, assign=True)
+
+
 def build_vae(tensors):
-    """A VAEEncoder of the sizes that a VA-VAE file's tensors (or anything with .shape, by name) have."""
-    blocks = {match.groups() for name in tensors if (match := re.match(r"encoder\.down\.(\d)\.block\.(\d)\.", name))}  # (level, block)
+    """A VAEEncoder of the sizes that a file's tensors have (by name; only .shape is looked at)."""
+    parts = [name.split(".") for name in tensors if name.startswith("encoder.down.")]
     levels = []
-    for i in range(1 + max((int(level) for level, _ in blocks), default=0)):
-        width = _shape(tensors, f"encoder.down.{i}.block.0.conv1.weight")[0]
-        levels.append((width, sum(level == str(i) for level, _ in blocks), f"encoder.down.{i}.attn.0.norm.weight" in tensors))
-    return VAEEncoder(tensors["encoder.conv_in.weight"].shape[0], levels, _shape(tensors, "encoder.conv_out.weight")[0] // 2)
+    for i in range(len({part[2] for part in parts})):  # encoder.down.<level>.block.<block>.conv1.weight
+        width = tensors[f"encoder.down.{i}.block.0.conv1.weight"].shape[0]
+        blocks = len({part[4] for part in parts if part[2:4] == [str(i), "block"]})
+        levels.append((width, blocks, f"encoder.down.{i}.attn.0.norm.weight" in tensors))
+    outputs = tensors["encoder.conv_out.weight"].shape[0]  # mean and log-variance
+    return VAEEncoder(tensors["encoder.conv_in.weight"].shape[0], levels, outputs // 2)
 
 
 def build_dit(tensors, layer, num_heads):
-    """A LightningDiT up to block `layer`, of the sizes that its file's tensors (or anything with .shape, by name) have."""
+    """A LightningDiT up to block `layer`, of the sizes that a file's tensors have."""
     width, latent_channels, patch, _ = tensors["x_embedder.proj.weight"].shape
-    depth = sum(name.endswith("norm1.weight") and name.startswith("blocks.") for name in tensors)
+    depth = sum(name.startswith("blocks.") and name.endswith("norm1.weight") for name in tensors)
     if not 0 <= layer < depth:
         raise ValueError(f"has {depth} blocks, expected layer {layer} to be one of 0 to {depth - 1}")
-    head_width = _shape(tensors, "feat_rope.freqs_cos")[1]
+    tokens, head_width = tensors["feat_rope.freqs_cos"].shape
     if width != num_heads * head_width:
-        raise ValueError(f"is {width} wide with {head_width} per head, so it has {width // head_width} heads, not num_heads={num_heads}")
-    hidden = _shape(tensors, "blocks.0.mlp.w3.weight")[1]
-    rows = _shape(tensors, "y_embedder.embedding_table.weight")[0]
-    return LightningDiT(width, num_heads, hidden, latent_channels, patch, _shape(tensors, "pos_embed")[1], rows, layer)
+        raise ValueError(f"is {width} wide with {head_width} per head: it has {width // head_width} heads, "
+                         f"not num_heads={num_heads}")
+    hidden = tensors["blocks.0.mlp.w3.weight"].shape[1]
+    label_rows = tensors["y_embedder.embedding_table.weight"].shape[0]
+    return LightningDiT(width, num_heads, hidden, latent_channels, patch, tokens, label_rows, layer)
 
 
-def _shape(tensors, name):
-    if name not in tensors:
-        raise ValueError(f"lacks {name}")
-    return tensors[name].shape
+def load_dit_encoder(dit_path, vae_path, stats_path, layer=14, zero_channels=(1053, 259), num_heads=16,
+                     image_size=256):
+    """Load the teacher from its three files: a DiTEncoder, frozen, float32, on the CPU.
 
-
-def _fill(module, tensors, used):
-    """Give `module`, built on the meta device, the tensors of its names, in float32 and in memory of their own. used: prefixes of the
-    parts that it computes; a further tensor there, say of a norm that our network has no place for, would change the result."""
-    needed = module.state_dict()
-    missing = [name for name in needed if name not in tensors]
-    if missing:
-        raise ValueError(f"lacks {len(missing)} of {len(needed)} tensors: {', '.join(missing[:5])}{' ...' * (len(missing) > 5)}")
-    unknown = [name for name in tensors if name not in needed and name.startswith(used)]
-    if unknown:
-        raise ValueError(f"is of another architecture, it has {unknown[0]}")
-    for name, expected in needed.items():
-        tensor = tensors[name]
-        if tensor.shape != expected.shape or tensor.is_meta or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-            raise ValueError(f"{name} is {list(tensor.shape)}, expected {list(expected.shape)}, each value stored")
-        if not tensor.isfinite().all():
-            raise ValueError(f"{name} is not finite")
-    module.load_state_dict({name: tensors[name].to(torch.float32, copy=True) for name in needed}, assign=True)
-
-
-def load_dit_encoder(dit_path, vae_path, stats_path, layer=14, zero_channels=(1053, 259), num_heads=16, image_size=256):
-    """Load LightningDiT, VA-VAE's encoder and the latent statistics, frozen, float32, on the CPU.
-
-    dit_path: LightningDiT's .pt (weights under "ema", keys may begin with "module."); vae_path: VA-VAE's .pt (under "state_dict";
-    decoder and losses are ignored); stats_path: .pt with `mean` and `std` [1, C, 1, 1]. layer, zero_channels: the block whose
-    input is the target and the channels to silence (stated in the paper for the released XL/1 checkpoint). num_heads,
-    image_size: the two sizes that no tensor tells. Returns a DiTEncoder. Raises ValueError (one line naming the file) for a file
-    that is damaged, of another kind, lacks a tensor or does not fit the others; OSError where it cannot be opened.
+    dit_path: LightningDiT's .pt. vae_path: VA-VAE's .pt, of which decoder and losses are ignored.
+    stats_path: a .pt with `mean` and `std` [1, C, 1, 1]. layer, zero_channels: the block whose input is the
+    target and the channels to silence; the paper states both for the released XL/1 checkpoint (appendix D).
+    num_heads, image_size: what the networks were trained with. Raises ValueError, one line that names the
+    file, where it is damaged, of another kind, lacks a tensor or does not fit the others. OSError where it
+    cannot be opened.
     """
-    path = dit_path
-    try:
-        tensors = _read(path, "ema", "x_embedder.proj.weight")
-        with torch.device("meta"):  # only names and shapes so far: nothing is allocated before they are known to fit
+    with naming(dit_path):
+        tensors = read_tensors(dit_path, "a LightningDiT checkpoint")
+        with torch.device("meta"):  # names and shapes only: nothing is allocated before they are known to fit
             dit = build_dit(tensors, layer, num_heads)
-        blocks = [f"blocks.{i}." for i in range(layer)] + [f"blocks.{layer}.norm1.", f"blocks.{layer}.adaLN_modulation."]
-        _fill(dit, tensors, ("x_embedder.", "t_embedder.", "y_embedder.", "feat_rope.", *blocks))
-        if not all(0 <= channel < dit.pos_embed.shape[2] for channel in zero_channels):
-            raise ValueError(f"is {dit.pos_embed.shape[2]} wide, expected zero_channels {tuple(zero_channels)} to be below that")
-        path = vae_path
-        tensors = _read(path, "state_dict", "encoder.conv_in.weight")
+        blocks = [f"blocks.{i}." for i in range(layer)]  # these as a whole, and two parts of the next
+        blocks += [f"blocks.{layer}.norm1.", f"blocks.{layer}.adaLN_modulation."]
+        fill(dit, tensors, ("x_embedder.", "t_embedder.", "y_embedder.", "feat_rope.", *blocks))
+        tokens, width = dit.pos_embed.shape[1:]
+        if not all(0 <= channel < width for channel in zero_channels):
+            raise ValueError(f"is {width} wide, expected zero_channels {tuple(zero_channels)} below that")
+    with naming(vae_path):
+        tensors = read_tensors(vae_path, "a VA-VAE checkpoint")
         with torch.device("meta"):
             vae = build_vae(tensors)
-        _fill(vae, tensors, ("encoder.", "quant_conv."))
+        fill(vae, tensors, ("encoder.", "quant_conv."))
         encoder = DiTEncoder(vae, dit, image_size, zero_channels)
-        channels, side, _ = encoder.latent_shape
-        if vae.quant_conv.out_channels != 2 * channels:
-            raise ValueError(f"has latents of {vae.quant_conv.out_channels // 2} channels, {dit_path} takes {channels}")
-        patch = dit.x_embedder.proj.kernel_size[0]
-        if image_size % (1 << (len(vae.encoder.down) - 1)) or (side // patch) ** 2 != dit.pos_embed.shape[1]:
-            raise ValueError(f"makes {side} x {side} latents of image_size={image_size}, {dit_path} takes {dit.pos_embed.shape[1]} tokens")
-        path = stats_path
-        stats = _read(path, "latents_stats", "mean")
+        (channels, side, _), made = encoder.latent_shape, vae.quant_conv.out_channels // 2
+        fits = (side // dit.x_embedder.proj.kernel_size[0]) ** 2 == tokens and made == channels
+        if not fits or image_size % 2 ** (len(vae.encoder.down) - 1):
+            raise ValueError(f"makes {side} x {side} latents of image_size={image_size}, {made} channels, "
+                             f"{dit_path} takes {tokens} tokens from {channels} channels")
+    with naming(stats_path):
+        tensors = read_tensors(stats_path, "latent statistics")
         for name in ("mean", "std"):
-            if _shape(stats, name) != (1, channels, 1, 1) or not stats[name].isfinite().all() or (name == "std" and not (stats[name] > 0).all()):
-                raise ValueError(f"{name} is {list(stats[name].shape)}, expected finite [1, {channels}, 1, 1], a std above 0")
-            getattr(encoder, name).copy_(stats[name])
-    except OSError:
-        raise
-    except Exception as error:  # whatever else is wrong in a file
-        text = str(error) if isinstance(error, ValueError) else f"not usable ({type(error).__name__})"
-        raise ValueError(text if text.startswith(f"{path}: ") else f"{path}: {text}") from None
+            getattr(encoder, name).copy_(take(tensors, name, (1, channels, 1, 1)))
+        if not (encoder.std > 0).all():
+            raise ValueError("std is not above 0 everywhere")
     return encoder
 
 
 def main():
     """Print what three files hold."""
-    parser = argparse.ArgumentParser(description="Print what LightningDiT's and VA-VAE's files hold, without running anything in them.")
-    for name, text in (("dit", "LightningDiT's .pt"), ("vae", "VA-VAE's .pt"), ("stats", "latents_stats.pt")):
-        parser.add_argument(name, help=text)
-    parser.add_argument("--layer", type=int, default=14, help="block whose input is the target (default: %(default)s)")
+    parser = argparse.ArgumentParser(description="Print what the files of a teacher hold, running nothing.")
+    parser.add_argument("dit", help="LightningDiT's .pt")
+    parser.add_argument("vae", help="VA-VAE's .pt")
+    parser.add_argument("stats", help="latents_stats.pt")
+    parser.add_argument("--layer", type=int, default=14, help="block to stop at (default: %(default)s)")
     args = parser.parse_args()
     try:
         encoder = load_dit_encoder(args.dit, args.vae, args.stats, args.layer)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    millions = [sum(p.numel() for p in part.parameters()) / 1e6 for part in (encoder.dit, encoder.vae)]
-    print(f"{args.dit}: {encoder.num_classes} classes, {encoder.width} wide, {millions[0]:.1f}M parameters up to block {encoder.layer}")
-    print(f"{args.vae}: {encoder.image_size} px -> latents {list(encoder.latent_shape)}, {millions[1]:.1f}M parameters in the encoder")
+    count = lambda module: f"{sum(p.numel() for p in module.parameters()) / 1e6:.1f}M parameters"
+    print(f"{args.dit}: {encoder.num_classes} classes, {encoder.width} wide, "
+          f"{count(encoder.dit)} up to block {encoder.layer}")
+    print(f"{args.vae}: {encoder.image_size} px -> latents {list(encoder.latent_shape)}, "
+          f"{count(encoder.vae)} in the encoder")
     print(f"{args.stats}: std of the latents' channels {encoder.std.min():.2f} to {encoder.std.max():.2f}")
 
 

@@ -1,4 +1,4 @@
-"""Writes pickles as NVIDIA's EDM code does, for tests: objects that name their class's source, with state in a dict."""
+"""Writes pickles as NVIDIA's EDM code does: objects that carry their class's source and a dict of state."""
 import pickle
 import sys
 import types
@@ -7,11 +7,11 @@ import torch
 
 
 class Persistent:
-    """Pickles as a call of torch_utils.persistence._reconstruct_persistent_obj, which exists only while `dump` runs."""
+    """Pickles as a call of torch_utils.persistence._reconstruct_persistent_obj, which only `dump` defines."""
 
     def __init__(self, class_name, state):
-        self.meta = {"type": "class", "version": 6, "module_src": "raise RuntimeError('source in a checkpoint was run')\n",
-                     "class_name": class_name, "state": state}
+        self.meta = {"type": "class", "version": 6, "class_name": class_name, "state": state,
+                     "module_src": "raise RuntimeError('source in a checkpoint was run')\n"}
 
     def __reduce__(self):
         return sys.modules["torch_utils.persistence"]._reconstruct_persistent_obj, (self.meta,)
@@ -19,14 +19,16 @@ class Persistent:
 
 def as_persistent(module, class_name="Module", **state):
     """A torch module as NVIDIA's persistent object of that class."""
+    children = {name: as_persistent(child) for name, child in module._modules.items()}
     return Persistent(class_name, {"_parameters": dict(module._parameters), "_buffers": dict(module._buffers),
-                                   "_modules": {name: as_persistent(child) for name, child in module._modules.items()}, **state})
+                                   "_modules": children, **state})
 
 
 def edm_file(encoder, network_arguments, model_class="SongUNet", precond_class="EDMPrecond"):
     """The content of NVIDIA's file for an EDMEncoder: dict(ema=EDMPrecond object)."""
     network = as_persistent(encoder.model, model_class, _init_args=(), _init_kwargs=network_arguments)
-    state = {"_parameters": {}, "_buffers": {}, "_modules": {"model": network}, "sigma_data": 0.5, "_init_args": (), "_init_kwargs": {}}
+    state = {"_parameters": {}, "_buffers": {}, "_modules": {"model": network}, "sigma_data": 0.5,
+             "_init_args": (), "_init_kwargs": {}}
     return {"ema": Persistent(precond_class, state)}
 
 

@@ -1,4 +1,4 @@
-"""dit_encoder.py: the same numbers as LightningDiT's and VA-VAE's code, and one clear line for files that do not fit."""
+"""dit_encoder.py: the same numbers as LightningDiT's and VA-VAE's code, one clear line for unfit files."""
 import json
 import os
 import pickle
@@ -31,22 +31,25 @@ def encoder():
 
 
 def inputs(reference, labelled=True):
-    return reference["image_uint8"] / 255, reference["label"] if labelled else None, reference["t"], reference["noise"]
+    labels = reference["label"] if labelled else None
+    return reference["image_uint8"] / 255, labels, reference["t"], reference["noise"]
 
 
 def relative_error(value, expected):
     return ((value - expected).norm() / expected.norm()).item()
 
 
-# ------------------------------------------------------------------------------------------------------------- numbers
+# ---------------------------------------------------------------------------------------------------- numbers
 
 def test_latents_are_va_vaes(encoder, reference):
-    assert relative_error(encoder.latents(reference["image_uint8"] / 255), reference["latent_normalised"]) < 1e-4
+    latents = encoder.latents(reference["image_uint8"] / 255)
+    assert relative_error(latents, reference["latent_normalised"]) < 1e-4
 
 
 @pytest.mark.parametrize("labelled", ["labelled", "unlabelled"])
 def test_features_are_lightningdits(encoder, reference, labelled):
-    assert tuple(reference["zero_channels"].tolist()) == SIZES["zero_channels"] and int(reference["layer"]) == SIZES["layer"]
+    assert tuple(reference["zero_channels"].tolist()) == SIZES["zero_channels"]
+    assert int(reference["layer"]) == SIZES["layer"]
     arguments = inputs(reference, labelled == "labelled")
     hidden, modulated = encoder.activations(*arguments)
     assert relative_error(hidden, reference[f"{labelled}/hidden"]) < 1e-4
@@ -58,15 +61,18 @@ def test_features_are_lightningdits(encoder, reference, labelled):
 
 def test_silenced_channels_matter_and_only_after_the_blocks(encoder, reference):
     other = load_dit_encoder(DIT, VAE, STATS, **SIZES | {"zero_channels": ()})
-    (hidden, modulated), (same, different) = encoder.activations(*inputs(reference)), other.activations(*inputs(reference))
+    hidden, modulated = encoder.activations(*inputs(reference))
+    same, different = other.activations(*inputs(reference))
     assert torch.equal(hidden, same) and not torch.allclose(modulated, different)
 
 
 def test_time_is_a_number_or_one_per_image_and_one_means_clean(encoder, reference):
     images, labels, _, noise = inputs(reference)
-    assert torch.equal(encoder(images, labels, 0.9, noise), encoder(images, labels, torch.full((3,), 0.9), noise))
-    assert torch.equal(encoder(images, labels, 1.0, noise), encoder(images, labels, 1.0, -noise)), "no noise at t = 1"
-    assert torch.equal(encoder(images, labels, 0.0, noise), encoder(images.flip(0), labels, 0.0, noise)), "no image at t = 0"
+    one_each = encoder(images, labels, torch.full((3,), 0.9), noise)
+    assert torch.equal(encoder(images, labels, 0.9, noise), one_each)
+    clean, nothing = encoder(images, labels, 1.0, noise), encoder(images, labels, 0.0, noise)
+    assert torch.equal(clean, encoder(images, labels, 1.0, -noise)), "no noise at t = 1"
+    assert torch.equal(nothing, encoder(images.flip(0), labels, 0.0, noise)), "no image at t = 0"
 
 
 def test_noise_is_drawn_where_none_is_given(encoder, reference):
@@ -90,33 +96,39 @@ def test_encoder_is_frozen_but_differentiable_in_the_images(encoder, reference):
 
 
 def test_rotation_turns_neighbouring_pairs():
-    x, angle = torch.tensor([[[[1.0, 0.0, 0.0, 2.0]]]]), torch.tensor([[0.3, 0.3, 0.5, 0.5]])  # [1, 1, 1, 4], [1, 4]
+    x, angle = torch.tensor([[[[1.0, 0.0, 0.0, 2.0]]]]), torch.tensor([[0.3, 0.3, 0.5, 0.5]])
     turned = rotate(x, angle.cos(), angle.sin()).flatten()
-    expected = torch.stack([angle[0, 0].cos(), angle[0, 0].sin(), -2 * angle[0, 2].sin(), 2 * angle[0, 2].cos()])
+    first, second = angle[0, 0], angle[0, 2]
+    expected = torch.stack([first.cos(), first.sin(), -2 * second.sin(), 2 * second.cos()])
     torch.testing.assert_close(turned, expected)
 
 
-# ---------------------------------------------------------------------------------------------------- full size, and memory
+# -------------------------------------------------------------------------------------- full size, and memory
 
 def test_full_size_networks_have_the_files_names_and_shapes():
-    """Built from the shapes alone, on the meta device: every tensor that is asked for is in the released files with that shape."""
-    dit, vae = [{name: SimpleNamespace(shape=torch.Size(shape)) for name, shape in json.loads((FIXTURES / file).read_text()).items()}
-                for file in ("lightningdit_xl_1_manifest.json", "vavae_f16d32_manifest.json")]
+    """Built from shapes alone, on the meta device: each tensor is in the released files with its shape."""
+    def manifest(file):
+        shapes = json.loads((FIXTURES / file).read_text())
+        return {name: SimpleNamespace(shape=torch.Size(shape)) for name, shape in shapes.items()}
+    dit, vae = manifest("lightningdit_xl_1_manifest.json"), manifest("vavae_f16d32_manifest.json")
     with torch.device("meta"):
         networks = build_dit(dit, layer=14, num_heads=16), build_vae(vae)
-    for network, manifest in zip(networks, (dit, vae)):
-        assert all(manifest[name].shape == tensor.shape for name, tensor in network.state_dict().items())
-    needed = networks[0].state_dict().keys()
-    left_out = {name for name in dit if name not in needed}
-    block = {f"blocks.14.{name}" for name in ("norm2.weight", "attn.qkv.weight", "attn.qkv.bias", "attn.proj.weight", "attn.proj.bias",
-                                              "mlp.w12.weight", "mlp.w12.bias", "mlp.w3.weight", "mlp.w3.bias")}
-    assert left_out == block | {name for name in dit if name.startswith(("final_layer.", *(f"blocks.{i}." for i in range(15, 28))))}
-    assert {name for name in vae if name not in networks[1].state_dict()} == {name for name in vae if name.startswith(("decoder.", "post_quant_conv."))}
+    left_out = []
+    for network, released in zip(networks, (dit, vae)):
+        needed = network.state_dict()
+        assert all(released[name].shape == tensor.shape for name, tensor in needed.items())
+        left_out.append({name for name in released if name not in needed})
+    behind_the_norm = {f"blocks.14.{name}" for name in (
+        "norm2.weight", "attn.qkv.weight", "attn.qkv.bias", "attn.proj.weight", "attn.proj.bias",
+        "mlp.w12.weight", "mlp.w12.bias", "mlp.w3.weight", "mlp.w3.bias")}
+    later = ("final_layer.", *(f"blocks.{i}." for i in range(15, 28)))
+    assert left_out[0] == behind_the_norm | {name for name in dit if name.startswith(later)}
+    assert left_out[1] == {name for name in vae if name.startswith(("decoder.", "post_quant_conv."))}
 
 
 @pytest.mark.parametrize("layer", [0, 1, 2])
 def test_only_what_is_needed_stays_in_memory(reference, layer):
-    """Weights own their memory, float32, so that nothing keeps the (mapped) file alive; and later blocks are not there."""
+    """Weights own their memory, float32, so that nothing keeps the mapped file alive; no later blocks."""
     encoder = load_dit_encoder(DIT, VAE, STATS, **SIZES | {"layer": layer})
     assert len(encoder.dit.blocks) == layer + 1 and not hasattr(encoder.dit.blocks[layer], "attn")
     for tensor in encoder.state_dict().values():
@@ -124,7 +136,7 @@ def test_only_what_is_needed_stays_in_memory(reference, layer):
     assert encoder(*inputs(reference)).isfinite().all()
 
 
-# ------------------------------------------------------------------------------------------------------------------ errors
+# ----------------------------------------------------------------------------------------------------- errors
 
 def save(path, value):
     torch.save(value, path)
@@ -136,9 +148,11 @@ def read(path):
 
 
 def test_prefixed_and_bare_weights_load_as_well(encoder, reference, tmp_path):
-    prefixed = save(tmp_path / "a.pt", {"ema": {f"module.{name}": value for name, value in read(DIT)["ema"].items()}})
+    weights = {f"module.{name}": value for name, value in read(DIT)["ema"].items()}
+    prefixed = save(tmp_path / "a.pt", {"ema": weights})
     bare = save(tmp_path / "b.pt", read(VAE)["state_dict"])
-    assert torch.equal(load_dit_encoder(prefixed, bare, STATS, **SIZES)(*inputs(reference)), encoder(*inputs(reference)))
+    other = load_dit_encoder(prefixed, bare, STATS, **SIZES)
+    assert torch.equal(other(*inputs(reference)), encoder(*inputs(reference)))
 
 
 def without(path, section, name):
@@ -155,40 +169,47 @@ def changed(path, section, **values):
 
 def test_files_that_do_not_fit_give_one_clear_line(tmp_path):
     """(which of the three files, its content, other arguments, what the message says)"""
-    stats, one_number = read(STATS), torch.zeros(1).expand(96, 32)  # a hundred times larger than what is stored of it
+    def dit(name, value):
+        return changed(DIT, "ema", **{name: value})
+    no_block_0, no_key = "encoder.down.2.block.0.conv1.weight", "encoder.mid.attn_1.k.bias"
+    only_first = {"encoder.conv_in.weight": torch.zeros(32, 3, 3, 3)}
+    qkv, bias, stats = "blocks.0.attn.qkv.weight", "blocks.0.attn.proj.bias", read(STATS)
     cases = [
         ("dit", read(VAE), {}, "expected a LightningDiT checkpoint, this is a VA-VAE checkpoint"),
         ("dit", stats, {}, "expected a LightningDiT checkpoint, this is latent statistics"),
         ("vae", read(DIT), {}, "expected a VA-VAE checkpoint, this is a LightningDiT checkpoint"),
         ("stats", read(VAE), {}, "expected latent statistics, this is a VA-VAE checkpoint"),
-        ("dit", {"ema": {}}, {}, "something else"), ("dit", [1, 2], {}, "something else"), ("vae", {"state_dict": 3}, {}, "something else"),
+        ("dit", {"ema": {}}, {}, "something else"),
+        ("dit", [1, 2], {}, "something else"),
+        ("vae", {"state_dict": 3}, {}, "something else"),
         ("dit", torch.zeros(3), {}, "something else"),
-        ("vae", without(VAE, "state_dict", "quant_conv.weight"), {}, "tensors: quant_conv.weight"),
-        ("vae", without(VAE, "state_dict", "encoder.mid.attn_1.k.bias"), {}, "encoder.mid.attn_1.k.bias"),
+        ("vae", without(VAE, "state_dict", "quant_conv.weight"), {}, "lacks quant_conv.weight"),
+        ("vae", without(VAE, "state_dict", no_key), {}, f"lacks {no_key}"),
         ("vae", without(VAE, "state_dict", "encoder.conv_out.weight"), {}, "lacks encoder.conv_out.weight"),
-        ("vae", without(VAE, "state_dict", "encoder.down.2.block.0.conv1.weight"), {}, "lacks encoder.down.2.block.0.conv1.weight"),
-        ("dit", without(DIT, "ema", "blocks.1.mlp.w12.bias"), {}, "tensors: blocks.1.mlp.w12.bias"),
-        ("dit", without(DIT, "ema", "blocks.2.adaLN_modulation.1.weight"), {}, "blocks.2.adaLN_modulation.1.weight"),
+        ("vae", without(VAE, "state_dict", no_block_0), {}, f"lacks {no_block_0}"),
+        ("dit", without(DIT, "ema", "blocks.1.mlp.w12.bias"), {}, "lacks blocks.1.mlp.w12.bias"),
+        ("dit", without(DIT, "ema", "blocks.2.adaLN_modulation.1.weight"), {}, "lacks blocks.2.adaLN"),
         ("dit", without(DIT, "ema", "pos_embed"), {}, "lacks pos_embed"),
         ("dit", without(DIT, "ema", "feat_rope.freqs_cos"), {}, "lacks feat_rope.freqs_cos"),
-        ("dit", changed(DIT, "ema", **{"blocks.0.attn.qkv.weight": torch.zeros(96, 31)}), {}, "blocks.0.attn.qkv.weight is [96, 31], expected [96, 32]"),
-        ("dit", changed(DIT, "ema", **{"blocks.0.attn.qkv.weight": one_number}), {}, "each value stored"),
-        ("dit", changed(DIT, "ema", **{"x_embedder.proj.weight": torch.zeros(())}), {}, ""),
-        ("dit", changed(DIT, "ema", **{"blocks.0.attn.proj.bias": torch.zeros(32, device="meta")}), {}, "each value stored"),
-        ("dit", changed(DIT, "ema", **{"blocks.0.attn.proj.bias": torch.full((32,), torch.nan)}), {}, "blocks.0.attn.proj.bias is not finite"),
-        ("dit", changed(DIT, "ema", **{"blocks.1.attn.q_norm.weight": torch.ones(16)}), {}, "another architecture, it has blocks.1.attn.q_norm.weight"),
-        ("dit", changed(DIT, "ema", **{"blocks.2.norm1.bias": torch.ones(32)}), {}, "another architecture, it has blocks.2.norm1.bias"),
-        ("vae", changed(VAE, "state_dict", **{"encoder.down.1.attn.0.q.weight": torch.ones(32, 32, 1, 1)}), {}, "another architecture"),
-        ("vae", {"state_dict": {"encoder.conv_in.weight": torch.zeros(32, 3, 3, 3)}}, {}, "lacks encoder.down.0.block.0.conv1.weight"),
+        ("dit", dit(qkv, torch.zeros(96, 31)), {}, f"{qkv} is [96, 31], expected [96, 32]"),
+        ("dit", dit("x_embedder.proj.weight", torch.zeros(())), {}, ""),
+        ("dit", dit(bias, torch.zeros(32, device="meta")), {}, "meta"),
+        ("dit", dit(bias, torch.full((32,), torch.nan)), {}, f"{bias} is not finite"),
+        ("dit", dit("blocks.1.attn.q_norm.weight", torch.ones(16)), {}, "has blocks.1.attn.q_norm.weight"),
+        ("dit", dit("blocks.2.norm1.bias", torch.ones(32)), {}, "architecture, it has blocks.2.norm1.bias"),
+        ("vae", changed(VAE, "state_dict", **{"encoder.down.1.attn.0.q.weight": torch.ones(32, 32, 1, 1)}),
+         {}, "another architecture, it has encoder.down.1.attn.0.q.weight"),
+        ("vae", {"state_dict": only_first}, {}, "lacks encoder.conv_out.weight"),
         ("dit", read(DIT), {"layer": 3}, "has 3 blocks, expected layer 3 to be one of 0 to 2"),
         ("dit", read(DIT), {"num_heads": 16}, "it has 2 heads, not num_heads=16"),
         ("dit", read(DIT), {"zero_channels": (1053, 259)}, "is 32 wide, expected zero_channels (1053, 259)"),
         ("vae", read(VAE), {"image_size": 128}, "makes 8 x 8 latents of image_size=128"),
         ("vae", read(VAE), {"image_size": 65}, "image_size=65"),
-        ("stats", changed(STATS, None, mean=torch.zeros(1, 4, 1, 1)), {}, "mean is [1, 4, 1, 1], expected finite [1, 8, 1, 1]"),
+        ("stats", changed(STATS, None, mean=torch.zeros(1, 4, 1, 1)), {},
+         "mean is [1, 4, 1, 1], expected [1, 8, 1, 1]"),
         ("stats", changed(STATS, None, std=torch.zeros(8)), {}, "std is [8]"),
-        ("stats", changed(STATS, None, std=torch.zeros(1, 8, 1, 1)), {}, "a std above 0"),
-        ("stats", changed(STATS, None, mean=torch.full((1, 8, 1, 1), torch.nan)), {}, "finite"),
+        ("stats", changed(STATS, None, std=torch.zeros(1, 8, 1, 1)), {}, "std is not above 0"),
+        ("stats", changed(STATS, None, mean=torch.full((1, 8, 1, 1), torch.nan)), {}, "mean is not finite"),
         ("stats", {"mean": stats["mean"]}, {}, "lacks std"),
     ]
     for i, (which, content, sizes, message) in enumerate(cases):
@@ -203,8 +224,10 @@ def test_damaged_and_hostile_files_are_refused_and_never_run(tmp_path):
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "was_run"),)
     whole, path = DIT.read_bytes(), tmp_path / "file.pt"
-    files = [b"", whole[:100], whole[:len(whole) // 2], whole[:-1], b"<html>", pickle.dumps(Hostile()), pickle.dumps({"ema": Hostile()}),
-             save(tmp_path / "a.pt", {"ema": read(DIT)["ema"], "x": Hostile()}).read_bytes(), save(tmp_path / "b.pt", Hostile()).read_bytes()]
+    beside = save(tmp_path / "a.pt", {"ema": read(DIT)["ema"], "x": Hostile()}).read_bytes()
+    alone = save(tmp_path / "b.pt", Hostile()).read_bytes()
+    files = [b"", whole[:100], whole[:5000], whole[:len(whole) // 2], whole[:-1], b"<html>",
+             pickle.dumps(Hostile()), pickle.dumps({"ema": Hostile()}), beside, alone]
     for content in files:
         path.write_bytes(content)
         for position in range(3):
@@ -212,18 +235,20 @@ def test_damaged_and_hostile_files_are_refused_and_never_run(tmp_path):
             arguments[position] = path
             with pytest.raises(ValueError, match=r"file\.pt: damaged, or no file of tensors") as caught:
                 load_dit_encoder(*arguments, **SIZES)
-            assert "\n" not in str(caught.value) and "weights_only" not in str(caught.value) and not (tmp_path / "was_run").exists()
+            assert "\n" not in str(caught.value) and "weights_only" not in str(caught.value)
+            assert not (tmp_path / "was_run").exists()
     with pytest.raises(OSError, match="none.pt"):
         load_dit_encoder(DIT, VAE, tmp_path / "none.pt", **SIZES)
 
 
 @pytest.mark.parametrize("change", [{"std": 5.0}, {"std": 0.2}, {"mean": 1.0}, {"mean": -2.0}])
 def test_latents_that_are_not_normalised_are_an_error_in_the_first_batch(reference, tmp_path, change):
-    """The classic silent mistake: another autoencoder's statistics. std is multiplied, mean is shifted by so many of them."""
+    """The classic silent mistake: another autoencoder's statistics. Of mean, so many stds are added."""
     stats = read(STATS)
-    stats = {"mean": stats["mean"] + change.get("mean", 0) * stats["std"], "std": stats["std"] * change.get("std", 1)}
+    mean = stats["mean"] + change.get("mean", 0) * stats["std"]
+    stats = {"mean": mean, "std": stats["std"] * change.get("std", 1)}
     encoder = load_dit_encoder(DIT, VAE, save(tmp_path / "stats.pt", stats), **SIZES)
-    with pytest.raises(ValueError, match="normalised latents of the first batch have mean .* expected about 0 and 1"):
+    with pytest.raises(ValueError, match="normalised latents .* have mean .* expected about 0 and 1"):
         encoder(*inputs(reference))
 
 
@@ -236,9 +261,12 @@ def test_images_outside_the_unit_range_are_noticed(reference):
 
 def test_wrong_inputs_are_named(encoder, reference):
     images, labels, t, noise = inputs(reference)
-    for arguments, message in (((images[0], labels, t, noise), "takes images"), ((images[:, :1], labels, t, noise), "takes images"),
-                               ((images, labels + 8, t, noise), "knows labels 0 to 9, not 10 to 17"), ((images, labels - 9, t, noise), "knows labels"),
-                               ((images, labels, t, noise[:, :4]), "expected the latent's shape [3, 8, 4, 4]")):
+    for arguments, message in (
+            ((images[0], labels, t, noise), "takes images"),
+            ((images[:, :1], labels, t, noise), "takes images"),
+            ((images, labels + 8, t, noise), "knows labels 0 to 9, not 10 to 17"),
+            ((images, labels - 9, t, noise), "knows labels"),
+            ((images, labels, t, noise[:, :4]), "expected the latent's shape [3, 8, 4, 4]")):
         with pytest.raises(ValueError) as caught:
             encoder(*arguments)
         assert message in str(caught.value)
@@ -246,5 +274,6 @@ def test_wrong_inputs_are_named(encoder, reference):
 
 def test_as_a_script_it_says_what_the_files_hold(tmp_path):
     """The tiny network has 2 heads, not the released one's 16: that is what it says, in one line."""
-    done = subprocess.run([sys.executable, "dit_encoder.py", str(DIT), str(VAE), str(STATS), "--layer", "1"], cwd=ROOT, capture_output=True, text=True)
+    command = [sys.executable, "dit_encoder.py", str(DIT), str(VAE), str(STATS), "--layer", "1"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "it has 2 heads" in done.stderr

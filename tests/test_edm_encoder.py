@@ -16,8 +16,10 @@ from edm_pickles import dump, edm_file, randomise
 
 FIXTURES = Path(__file__).parent / "fixtures"
 TINY = FIXTURES / "edm_tiny_cond_vp.pkl"
-DDPMPP = {"img_resolution": 32, "model_channels": 8, "channel_mult": [1, 2], "num_blocks": 1, "attn_resolutions": [16]}
-NCSNPP = DDPMPP | {"embedding_type": "fourier", "encoder_type": "residual", "channel_mult_noise": 2, "resample_filter": [1, 3, 3, 1]}
+DDPMPP = {"img_resolution": 32, "model_channels": 8, "channel_mult": [1, 2], "num_blocks": 1,
+          "attn_resolutions": [16]}
+NCSNPP = DDPMPP | {"embedding_type": "fourier", "encoder_type": "residual", "channel_mult_noise": 2,
+                   "resample_filter": [1, 3, 3, 1]}
 
 
 @pytest.fixture(scope="module")
@@ -27,10 +29,11 @@ def reference():
 
 
 def inputs(reference, labelled):
-    return reference["image_uint8"] / 255, reference["label"] if labelled else None, reference["sigma"], reference["noise"]
+    labels = reference["label"] if labelled else None
+    return reference["image_uint8"] / 255, labels, reference["sigma"], reference["noise"]
 
 
-# ------------------------------------------------------------------------------------------------------------- numbers
+# ---------------------------------------------------------------------------------------------------- numbers
 
 @pytest.mark.parametrize("labelled", ["labelled", "unlabelled"])
 @pytest.mark.parametrize("layer", ["enc.16x16_block0", "enc.8x8_block0", "dec.8x8_in0", "dec.8x8_in1"])
@@ -46,7 +49,8 @@ def test_activations_are_nvidias(reference, labelled, layer):
 
 def test_sigma_is_a_number_or_one_per_image(reference):
     encoder, (images, labels, _, noise) = load_edm_encoder(TINY), inputs(reference, True)
-    torch.testing.assert_close(encoder(images, labels, 0.06, noise), encoder(images, labels, torch.full((3,), 0.06), noise), rtol=0, atol=0)
+    one_each = encoder(images, labels, torch.full((3,), 0.06), noise)
+    torch.testing.assert_close(encoder(images, labels, 0.06, noise), one_each, rtol=0, atol=0)
     assert not torch.allclose(encoder(images, labels, 0.06, noise), encoder(images, labels, 0.6, noise))
 
 
@@ -66,15 +70,17 @@ def test_encoder_is_frozen_but_differentiable_in_the_images(reference):
 def test_full_size_network_has_the_files_names_and_shapes():
     manifest = json.loads((FIXTURES / "edm_cifar10_cond_vp_manifest.json").read_text())
     with torch.device("meta"):
-        encoder = EDMEncoder(img_resolution=32, label_dim=10, model_channels=128, channel_mult=[2, 2, 2], num_blocks=4, attn_resolutions=[16])
+        encoder = EDMEncoder(img_resolution=32, label_dim=10, model_channels=128, channel_mult=[2, 2, 2],
+                             num_blocks=4, attn_resolutions=[16])
     ours = {name: list(value.shape) for name, value in encoder.state_dict().items()}
     assert ours.items() <= manifest.items()
     not_ours = {name for name in manifest if name.startswith(("model.enc", "model.map"))} - set(ours)
-    assert not_ours == {"model.map_augment.weight"}, "augmentation labels are for training the diffusion model only"
+    assert not_ours == {"model.map_augment.weight"}, "augmentation labels are for its training only"
     assert encoder.width == 256
 
 
-@pytest.mark.parametrize("network", [DDPMPP, NCSNPP, DDPMPP | {"label_dim": 10}, NCSNPP | {"label_dim": 100}], ids=str)
+@pytest.mark.parametrize("network", [DDPMPP, NCSNPP, DDPMPP | {"label_dim": 10}, NCSNPP | {"label_dim": 100}],
+                         ids=str)
 def test_both_network_types_survive_the_file_format(tmp_path, network):
     written = randomise(EDMEncoder("dec.16x16_in1", **network))
     dump(edm_file(written, network | {"dropout": 0.13, "augment_dim": 9}), tmp_path / "net.pkl")
@@ -82,22 +88,24 @@ def test_both_network_types_survive_the_file_format(tmp_path, network):
     images, noise, labels = torch.rand(2, 3, 32, 32), torch.randn(2, 3, 32, 32), torch.tensor([1, 9])
     features = read(images, labels, 0.06, noise)
     assert torch.equal(features, written(images, labels, 0.06, noise))
-    assert torch.equal(features, read(images, None, 0.06, noise)) == (read.label_dim == 0), "labels matter where the network knows them"
+    unlabelled = read(images, None, 0.06, noise)
+    assert torch.equal(features, unlabelled) == (read.label_dim == 0), "labels matter where they are known"
 
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_downsampling_is_one_strided_convolution_with_the_composed_kernel(fused):
-    """Low-pass filter and 3x3 convolution are linear: away from the zero-padded border they are one larger kernel."""
+    """Blur and 3x3 convolution are linear: away from the zero-padded border they are one larger kernel."""
     layer, x = Conv2d(3, 4, 3, down=True, resample_filter=(1, 3, 3, 1), fused=fused), torch.rand(1, 3, 16, 16)
     low_pass = torch.outer(*2 * [torch.tensor([1.0, 3.0, 3.0, 1.0])])[None, None] / 64
     # Fused: 3x3 on the fine grid. Otherwise on the coarse one, where neighbours are two pixels apart.
     composed = F.conv_transpose2d(layer.weight.reshape(12, 1, 3, 3), low_pass, stride=1 if fused else 2)
-    expected = F.conv2d(x, composed.reshape(4, 3, *composed.shape[2:]), layer.bias, stride=2, padding=2 if fused else 3)
+    composed = composed.reshape(4, 3, *composed.shape[2:])
+    expected = F.conv2d(x, composed, layer.bias, stride=2, padding=2 if fused else 3)
     assert layer(x).shape == expected.shape == (1, 4, 8, 8)
     torch.testing.assert_close(layer(x)[..., 2:-2, 2:-2], expected[..., 2:-2, 2:-2], rtol=1e-4, atol=1e-5)
 
 
-# ---------------------------------------------------------------------------------------------------------- bad arguments
+# ---------------------------------------------------------------------------------------------- bad arguments
 
 def test_wrong_image_size_labels_and_layer_are_named():
     encoder = load_edm_encoder(TINY)
@@ -111,6 +119,7 @@ def test_wrong_image_size_labels_and_layer_are_named():
 
 
 def damaged_files(folder):
+    """(what is wrong, content of the file, what the message says), one after the other."""
     whole = TINY.read_bytes()
     yield "cut off", whole[:len(whole) // 2], "cut off"
     yield "empty", b"", "cut off"
@@ -118,23 +127,23 @@ def damaged_files(folder):
     yield "no pickle", b"\x89PNG\r\n\x1a\n" + bytes(100), "refused"
     yield "no dict", pickle.dumps([1, 2, 3]), "not an EDM network"
     yield "no ema", pickle.dumps({"model": 1}), "not an EDM network"
-    for model, precond, message in (("DhariwalUNet", "EDMPrecond", "DhariwalUNet"), ("SongUNet", "VPPrecond", "VPPrecond")):
-        dump(edm_file(EDMEncoder("dec.16x16_in1", **DDPMPP), DDPMPP, model, precond), folder / "other.pkl")
-        yield "another model", (folder / "other.pkl").read_bytes(), message
-    dump(edm_file(EDMEncoder("enc.32x32_block0", **DDPMPP), DDPMPP), folder / "other.pkl")
-    yield "tensors missing", (folder / "other.pkl").read_bytes(), "missing or of another shape"
-    dump(edm_file(EDMEncoder("dec.16x16_in1", **DDPMPP), DDPMPP | {"model_channels": 16}), folder / "other.pkl")
-    yield "other shapes", (folder / "other.pkl").read_bytes(), "missing or of another shape"
-    dump(edm_file(EDMEncoder("dec.16x16_in1", **DDPMPP), DDPMPP | {"colour": "red"}), folder / "other.pkl")
-    yield "unknown argument", (folder / "other.pkl").read_bytes(), "colour"
-    for wrong in ({"encoder_type": "skip"}, {"embedding_type": "zero"}, {"channel_mult": []}, {"num_blocks": 10**9}, {"model_channels": 2**14}, {"channel_mult": None}):
-        dump(edm_file(EDMEncoder("dec.16x16_in1", **DDPMPP), DDPMPP | wrong), folder / "other.pkl")
-        yield "arguments of no such network", (folder / "other.pkl").read_bytes(), "no DDPM|missing or of another shape|not a usable"
-    for state in ({"sigma_data": "abc"}, {"sigma_data": 10**400}, {"_modules": 3}):
-        content = edm_file(EDMEncoder("dec.16x16_in1", **DDPMPP), DDPMPP)
+
+    def written(layer="dec.16x16_in1", arguments={}, classes=(), state={}):
+        content = edm_file(EDMEncoder(layer, **DDPMPP), DDPMPP | arguments, *classes)
         content["ema"].meta["state"].update(state)
         dump(content, folder / "other.pkl")
-        yield "strange state", (folder / "other.pkl").read_bytes(), "not an EDM network"
+        return (folder / "other.pkl").read_bytes()
+    yield "another network", written(classes=("DhariwalUNet", "EDMPrecond")), "DhariwalUNet"
+    yield "another preconditioning", written(classes=("SongUNet", "VPPrecond")), "VPPrecond"
+    yield "tensors missing", written("enc.32x32_block0"), "model.enc.16x16_down.norm0.weight is missing"
+    yield "other shapes", written(arguments={"model_channels": 16}), r" is \[.*\], expected \["
+    yield "unknown argument", written(arguments={"colour": "red"}), "colour"
+    for wrong in ({"encoder_type": "skip"}, {"embedding_type": "zero"}, {"channel_mult": []},
+                  {"num_blocks": 10**9}, {"model_channels": 2**14}, {"channel_mult": None}):
+        message = r"no DDPM|is missing| is \[.*\], expected \[|not a usable"
+        yield "arguments of no such network", written(arguments=wrong), message
+    for wrong in ({"sigma_data": "abc"}, {"sigma_data": 10**400}, {"_modules": 3}):
+        yield "strange state", written(state=wrong), "not an EDM network"
 
 
 def test_damaged_files_give_one_clear_line(tmp_path):
@@ -146,7 +155,7 @@ def test_damaged_files_give_one_clear_line(tmp_path):
         assert str(caught.value).startswith(f"{path}: ") and "\n" not in str(caught.value), kind
 
 
-# ---------------------------------------------------------------------------------------------------------- hostile files
+# ---------------------------------------------------------------------------------------------- hostile files
 
 class Call:
     """Pickles as a call of any function."""
@@ -155,11 +164,11 @@ class Call:
         self.function, self.arguments, self.state = function, arguments, state
 
     def __reduce__(self):
-        return (self.function, self.arguments) if self.state is None else (self.function, self.arguments, self.state)
+        return (self.function, self.arguments, *([] if self.state is None else [self.state]))
 
 
 def hostile_pickles(marker):
-    """name -> pickle bytes, each of which would create `marker` if loaded with pickle.load (or reach for something that could)."""
+    """name -> pickle bytes that would create `marker` under pickle.load, or reach for what could."""
     touch = f"touch {marker}"
     inner = pickle.dumps(Call(os.system, touch))
     plain = {
@@ -184,9 +193,11 @@ def hostile_pickles(marker):
     files["numpy object scalar"] = b"cnumpy.core.multiarray\nscalar\n(cnumpy\ndtype\n(S'O8'\ntRS'x'\ntR."
     files["persistent id"] = b"\x80\x02Pos.system\n."
     files["extension registry"] = b"\x80\x02\x82\x01."
-    # BUILD with a slot state sets attributes of whatever lies on the stack: here of a class and a function that the loader gave out.
-    for module, name in ((b"torch_utils.persistence", b"_reconstruct_persistent_obj"), (b"torch._utils", b"_rebuild_tensor_v2")):
-        files[f"attributes of {name}"] = b"\x80\x02c" + module + b"\n" + name + b"\n(N}X\x08\x00\x00\x00__init__ctorch.storage\n_load_from_bytes\nst" + b"b."
+    # BUILD with a slot state sets attributes of whatever lies on the stack: here of what the loader gave out.
+    for module, name in ((b"torch_utils.persistence", b"_reconstruct_persistent_obj"),
+                         (b"torch._utils", b"_rebuild_tensor_v2")):
+        build = b"(N}X\x08\x00\x00\x00__init__ctorch.storage\n_load_from_bytes\nst" + b"b."
+        files[f"attributes of {name}"] = b"\x80\x02c" + module + b"\n" + name + b"\n" + build
     files["hostile then valid"] = files["os.system"][:-1] + TINY.read_bytes()[2:]
     return files
 
@@ -216,7 +227,7 @@ def test_a_refusal_says_what_the_file_asked_for(tmp_path):
 
 
 def test_embedded_source_is_never_run(monkeypatch):
-    """The fixture's embedded source raises where it runs; loading it succeeds, with exec, eval and compile out of reach."""
+    """The fixture's embedded source raises where it runs; loading needs no exec, eval or compile."""
     assert b"raise RuntimeError" in TINY.read_bytes()
     for name in ("exec", "eval", "compile"):
         monkeypatch.setattr(edm_encoder, name, None, raising=False)
@@ -228,9 +239,12 @@ def test_a_tensor_cannot_reach_beyond_its_storage(tmp_path):
 
     class Overlong:
         def __reduce__(self):
-            return torch._utils._rebuild_tensor_v2, (torch.zeros(4).storage(), 0, (8, 3, 3, 3), (27, 9, 3, 1), False, collections.OrderedDict())
-    conv = content["ema"].meta["state"]["_modules"]["model"].meta["state"]["_modules"]["enc"].meta["state"]["_modules"]["32x32_conv"]
-    conv.meta["state"]["_parameters"]["weight"] = Overlong()
+            storage, size, stride, hooks = torch.zeros(4).storage(), (8, 3, 3, 3), (27, 9, 3, 1), {}
+            return torch._utils._rebuild_tensor_v2, (storage, 0, size, stride, False, hooks)
+    module = content["ema"]
+    for name in ("model", "enc", "32x32_conv"):
+        module = module.meta["state"]["_modules"][name]
+    module.meta["state"]["_parameters"]["weight"] = Overlong()
     dump(content, tmp_path / "net.pkl")
     with pytest.raises(ValueError, match="out of bounds"):
         load_edm_encoder(tmp_path / "net.pkl", "dec.16x16_in1")
