@@ -8,31 +8,36 @@ model helps twice: the images that it generates are more training data (the reci
 and what it has learned about images, its internal features, is what the classifier's own features of the
 attacked image have to resemble. At test time the classifier stands alone and costs nothing extra.
 
+    min E[ max CE(f(x'), y) ]   over max |x' - x| <= eps        (eq. 1) adversarial training
+    x' <- P(x' + step * sign(gradient of the loss at x'))       (eq. 2) PGD, the attack; P: into the eps-ball
+
     L        = L_TRADES + lambda * L_DRA                        (eq. 4)
-    L_TRADES = CE(f(x), y) + beta * KL(p(x) || p(x'))           x': the attacked image, max |x' - x| <= eps
+    L_TRADES = CE(f(x), y) + beta * KL(p(x) || p(x'))           TRADES, arXiv 1901.08573, in place of eq. 1
     L_DRA    = -cos(h(enc(x')), g(x_t, t, y))                   (eq. 3)
-               enc: the classifier's penultimate features
+               f:   the classifier's logits, head(enc(x)); enc: its penultimate features; p = softmax(f)
                h:   a small MLP, the projector; trained along and then thrown away
-               g:   features of a frozen diffusion model (edm_encoder.py) for x_t, which is the CLEAN image x
-                    with noise of level t added
+               g:   features of a frozen diffusion model (EDM, arXiv 2206.00364, see edm_encoder.py) for x_t,
+                    the CLEAN image x with noise of level t added. EDM and the code call that level sigma
 
 To see it run, in about a minute on a CPU, without data or downloads:
 
     python train_cifar.py --smoke
 
-The defaults are the paper's CIFAR-10 row "AT+DRA, WRN-34-10" (paper: 88.54 % clean, 57.29 % AutoAttack). Its
-row with a million synthetic images (paper: 92.36 / 64.12), and the same on eight GPUs:
+The defaults aim at the paper's CIFAR-10 row "AT+DRA, WRN-34-10" (paper: 88.54 % clean, 57.29 % AutoAttack).
+The second command is its row with a million synthetic images (paper: 92.36 / 64.12), the third runs on
+eight GPUs:
 
-    python train_cifar.py --out runs/wrn-34-10 python train_cifar.py --arch wrn-28-10 --synthetic 1m.npz
-    --batch-size 512 --epochs 400 --out runs/wrn-28-10 torchrun --nproc-per-node 8 train_cifar.py ...
+    python train_cifar.py --out runs/wrn-34-10
+    python train_cifar.py --arch wrn-28-10 --synthetic 1m.npz --batch-size 512 --epochs 400 --out runs/1m
+    torchrun --nproc-per-node 8 train_cifar.py ...
 
 To follow one batch from disk to loss, read `Data.draw_indices`, `Data.fetch`, `Data.batch`, then
 `train_step`.
 
 A run writes last.pt, best.pt (the best on held-out training images) and log.csv to --out, and the same
 command again continues it. Every random draw is a function of (seed, step), so a checkpoint holds no
-generator's state, a continued run equals an undisturbed one, and several processes can draw the same batch
-and take their shares.
+generator's state, a continued run sees the same batches and noise as an undisturbed one, and several
+processes can draw the same batch and take their shares.
 """
 import argparse
 import copy
@@ -63,9 +68,10 @@ from torch import nn
 from edm_encoder import EDMEncoder, load_edm_encoder
 
 # -----------------------------------------------------------------------------------------------------------
-# Settings. Each number says where it comes from. "stated": in the paper. "inherited": from DM-AT, whose setup
-# the paper says it follows. "chosen": by us, where the paper leaves it open. What one changes to reproduce a
-# row of the paper is a flag in `parse_args`; the rest of the recipe is here.
+# Settings. Each number says where it comes from. "stated": in the paper, or in what it refers to.
+# "inherited": from DM-AT, whose setup the paper says it follows. "chosen": by us, where the paper leaves it
+# open. What one changes to reproduce a row of the paper is a flag in `parse_args`; the rest of the recipe
+# is here.
 
 # Mean and deviation per RGB channel (inherited); the teacher is the EDM that drew DM-AT's images (stated).
 DATASETS = {
@@ -82,23 +88,22 @@ OPTIMIZERS = {  # peak learning rate and weight decay
     "lion": SimpleNamespace(lr=1e-4, weight_decay=0.5),  # decay stated, rate chosen
 }
 WARMUP = 0.025  # share of the epochs with a rising rate, and of the steps before averaging (inherited)
-# Share of a new batch in batch norm's running statistics, which evaluation uses in place of a batch's own.
-# A tenth of torch's default, since clean and attacked batches with their different statistics take turns
-# (inherited).
+# Share of a new batch in batch norm's running statistics, which evaluation uses in place of a batch's own. A
+# tenth of torch's default, so these are averages over many clean and attacked batches (inherited).
 BATCHNORM_MOMENTUM = 0.01
 CROP_PADDING = 4  # pixels of black border, out of which the random crop is taken (inherited)
 HOLDOUT = 1024  # first training images, never trained on, to select best.pt; at most a tenth (inherited)
 SELECTION_STEPS = 40  # PGD steps on the margin loss for that selection (inherited)
 PROJECTOR_WIDTH = 2048  # hidden width of h: REPA's, arXiv 2410.06940; the paper states its three layers
-EXTRA_LOG_SIGMA = (-1.2, 1.2)  # mean and deviation of ln(sigma): EDM's own in training (stated by reference)
-TABLE_STEPS, TABLE_IMAGES = 10, 1024  # PGD for the closing table: a quick look, no result
-LOG_EVERY = 50  # steps
+EXTRA_LOG_SIGMA = (-1.2, 1.2)  # mean and deviation of ln(sigma): EDM's own in training (stated)
+TABLE_STEPS, TABLE_IMAGES = 10, 1024  # PGD for the closing table (chosen): a quick look, no result
+LOG_EVERY = 50  # steps between rows of log.csv
 SMOKE = {"arch": "wrn-10-1", "epochs": 6, "batch_size": 64, "lr": 0.1, "eval_every": 3, "out": "runs/smoke",
          "device": "cpu"}  # other defaults for --smoke: a minute on two cores
 
 
 class InputError(ValueError):
-    """A file or folder of the user's cannot be used: one line that names it. The exit code is 2."""
+    """What the user gave cannot be used. The message is one line that names it; the exit code is 2."""
 
 
 def fraction(text):
@@ -114,8 +119,7 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
-    # Data. Robust accuracy on test images keeps growing with more data, far beyond the real ones that there
-    # are.
+    # Data. Robustness keeps improving with far more images than the real ones.
     add("--dataset", choices=list(DATASETS), default="cifar10", help="sets classes, normalisation, teacher")
     add("--data-dir", default="data",
         help="has train.npz, test.npz (image uint8 [N,32,32,3], label int [N]), or CIFAR is downloaded there")
@@ -128,8 +132,8 @@ def parse_args(argv=None):
     add("--epochs", type=int, default=200, help="of ceil(real images / batch size) steps (stated per row)")
     add("--max-steps", type=int, help="number of steps, in place of --epochs")
     add("--batch-size", type=int, default=128, help="over all processes (stated per row)")
-    add("--optimizer", choices=list(OPTIMIZERS), default="sgd", help="WRN: inherited, ViT: lion (stated)")
-    add("--lr", type=fraction, help="peak learning rate (sgd 0.2: inherited; lion 1e-4: chosen)")
+    add("--optimizer", choices=list(OPTIMIZERS), default="sgd", help="for a ViT give lion (stated)")
+    add("--lr", type=fraction, help="peak learning rate (sgd 0.2: see OPTIMIZERS; lion 1e-4: chosen)")
     add("--weight-decay", type=fraction, help="(sgd 5e-4: inherited; lion 0.5: stated)")
     add("--ema-decay", type=fraction, default=0.995, help="tau of the weight averaging (inherited)")
     add("--label-smoothing", type=fraction, default=0.1, help="in the cross-entropy (inherited)")
@@ -139,18 +143,19 @@ def parse_args(argv=None):
     add("--eps", type=fraction, default="8/255", help="largest change of a pixel in [0,1] (inherited)")
     add("--step-size", type=fraction, default="2/255", help="of the attack (inherited)")
     add("--attack-steps", type=int, default=10,
-        help="PGD steps (stated); 0: train on clean images, with --beta 0 by cross-entropy alone")
-    # Diffusion representation alignment. With a little noise a diffusion model's features say most about
-    # what is in an image: none and it looks at texture, much and there is nothing left to see.
+        help="PGD steps (stated); 0: x' = x, no attack (with --beta and --dra-weight 0: cross-entropy alone)")
+    # Diffusion representation alignment. A diffusion model's features say most about what is in an image
+    # when a little noise was added (arXiv 2303.09769): enough to hide fine texture, not enough to hide the
+    # object.
     add("--dra-weight", type=fraction, default=1.0, help="lambda, eq. (4) (chosen); 0: no alignment")
     add("--teacher", help="EDM's .pkl, path or URL (stated: the model that drew the synthetic images)")
     add("--teacher-sigma", type=fraction, default=0.06,
         help="noise level for the teacher, images in [-1,1] (chosen: best linear probe in arXiv 2303.09769)")
-    add("--teacher-layer", default="dec.8x8_in1", help="block to align with (stated: UNet's bottleneck)")
+    add("--teacher-layer", default="dec.8x8_in1", help="UNet block to align with (stated: the bottleneck)")
     add("--teacher-unconditional", action="store_true", help="do not tell the teacher the label")
     add("--extra-sigma", action="store_true",
         help="a second target at a random noise level (stated for more than a million synthetic images)")
-    # Running. In bfloat16 only the networks compute; what decides, logits and losses, stays in float32.
+    # Running. Only backbone and teacher compute in bfloat16; logits, projector and losses stay in float32.
     add("--out", default="runs/cifar", help="folder for last.pt, best.pt and log.csv")
     add("--seed", type=int, default=0, help="of every random draw")
     add("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu",
@@ -227,7 +232,9 @@ class Classifier(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-activation residual block: x + conv(act(norm(conv(act(norm(x)))))). Names as in DM-AT's files."""
+    """Pre-activation residual block: shortcut + conv(act(norm(conv(act(norm(x)))))). The shortcut is x, or
+    a 1x1 convolution of act(norm(x)) where the number of channels changes. Names as in DM-AT's
+    checkpoints."""
 
     def __init__(self, in_channels, out_channels, stride):
         super().__init__()
@@ -236,7 +243,7 @@ class Block(nn.Module):
         self.conv_0 = nn.Conv2d(in_channels, out_channels, 3, stride, padding, bias=False)
         self.batchnorm_1 = nn.BatchNorm2d(out_channels, momentum=BATCHNORM_MOMENTUM)
         self.conv_1 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
-        self.shortcut = None  # the identity, unless the number of channels changes
+        self.shortcut = None
         if in_channels != out_channels:
             self.shortcut = nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
 
@@ -310,7 +317,7 @@ def build_model(arch, num_classes, dataset="cifar10"):
     """A classifier for images [B, 3, 32, 32] in [0, 1], initialised from torch's global generator.
 
     arch: "wrn-DEPTH-WIDTH" with DEPTH = 6n + 4, or "vit-b-2"; dataset: whose mean and deviation normalise the
-    input. eval_autoattack.py calls this function, also in your own copy of this file (`--script`). Raises
+    input. eval_autoattack.py imports this function, from this file or from your copy (`--script`). Raises
     InputError for an unknown arch or dataset.
     """
     if dataset not in DATASETS:
@@ -328,8 +335,8 @@ def build_model(arch, num_classes, dataset="cifar10"):
 
 def build_projector(in_width, out_width):
     """h in eq. (3): classifier features [B, in_width] -> the teacher's space [B, out_width]. Three layers
-    (stated), SiLU in between as in REPA. It takes up what is particular to the teacher, so that the
-    classifier's features need not equal the teacher's but only hold what these can be read off from."""
+    (stated), SiLU in between as in REPA. It absorbs what is particular to the teacher's space: the
+    classifier's features need not equal the teacher's, they only have to predict them."""
     return nn.Sequential(nn.Linear(in_width, PROJECTOR_WIDTH), nn.SiLU(),
                          nn.Linear(PROJECTOR_WIDTH, PROJECTOR_WIDTH), nn.SiLU(),
                          nn.Linear(PROJECTOR_WIDTH, out_width))
@@ -358,7 +365,8 @@ def pgd(loss, images, start, eps, step_size, steps):
 
 def set_batchnorm(model, **attributes):
     """Set attributes of all batch norm layers (a ViT has none): `track_running_stats`, whether a forward in
-    training mode updates the running statistics, and `momentum`, by how much."""
+    training mode updates the running statistics (it normalises with its own batch either way), and
+    `momentum`, how much."""
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             for name, value in attributes.items():
@@ -386,7 +394,7 @@ def trades_attack(model, images, start, eps, step_size, steps, clean_logits=None
     instead, from a start of 0.001 * N(0, 1); the two give different classifiers.
     """
     weights = [p for p in model.parameters() if p.requires_grad]
-    # Ten looks at half-finished attacks would drown the two that should count in the running statistics.
+    # Only the clean and the finished adversarial batch should count in the running statistics (DM-AT).
     set_batchnorm(model, track_running_stats=False)
     # Only the image's gradient is needed. A compiled backward pass would compute the weights' as well, for
     # nothing.
@@ -397,6 +405,8 @@ def trades_attack(model, images, start, eps, step_size, steps, clean_logits=None
             with torch.no_grad():
                 clean_logits = model(images)
         clean_logits = clean_logits.detach()  # p(x) is held fixed
+        # The sum, so that each image's gradient is independent of the others; its sign ignores the scale
+        # anyway.
         loss = lambda adv: kl_divergence(clean_logits, model(adv), "sum")
         return pgd(loss, images, start, eps, step_size, steps)
     finally:
@@ -408,9 +418,9 @@ def trades_attack(model, images, start, eps, step_size, steps, clean_logits=None
 def trades_loss(clean_logits, adv_logits, labels, beta, label_smoothing):
     """L_TRADES = CE(f(x), y) + beta * KL(p(x) || p(x')) (arXiv 1901.08573), the mean over the batch.
 
-    The first term wants the clean image right, the second wants the attacked one to be answered alike; beta
-    trades the one for the other. clean_logits, adv_logits [B, classes]; gradients flow into both. labels [B]
-    int64. Returns a float32 scalar.
+    The first term rewards classifying the clean image correctly, the second giving the attacked one the
+    same prediction; beta trades the one for the other. clean_logits, adv_logits [B, classes]; gradients
+    flow into both. labels [B] int64. Returns a float32 scalar.
     """
     cross_entropy = F.cross_entropy(clean_logits.float(), labels, label_smoothing=label_smoothing)
     return cross_entropy + beta * kl_divergence(clean_logits, adv_logits, "batchmean")
@@ -430,12 +440,14 @@ def dra_loss(projected, target):
 
 
 def train_step(model, averaged, projectors, teacher, optimizer, batch, ema_decay, args):
-    """One optimisation step. Deterministic: all randomness is in `batch`, see `Data.batch`.
+    """One optimisation step. It draws no random numbers: they are all in `batch`, see `Data.batch`.
 
-    batch.images x [B, 3, 32, 32] in [0, 1], batch.labels y [B], batch.start like images, batch.teacher_noise:
-    a list of (sigma, noise), one per projector, empty without alignment. ema_decay: see `averaging_decay`.
-    args: eps, step_size, attack_steps, beta, label_smoothing, dra_weight, teacher_unconditional, amp. Returns
-    detached scalars by name, left on the device: reading one would make the host wait for the GPU.
+
+    batch.images x [B, 3, 32, 32] in [0, 1], batch.labels y [B], batch.start like images,
+    batch.teacher_noise: a list of (sigma: float or [B], noise: N(0, 1) like images), one per projector,
+    empty without alignment. ema_decay: see `averaging_decay`. args: eps, step_size, attack_steps, beta,
+    label_smoothing, dra_weight, teacher_unconditional, amp. Returns detached scalars by name, left on the
+    device: reading one would make the host wait for the GPU.
     """
     images, labels = batch.images, batch.labels
     model.train()  # batch norm: each forward below normalises with the statistics of its own batch
@@ -443,7 +455,7 @@ def train_step(model, averaged, projectors, teacher, optimizer, batch, ema_decay
     # The clean forward comes first and serves twice: the attack moves away from its p(x), and L contains it.
     clean_logits = model(images)
 
-    # The attack, PGD as in eq. (2). Where eq. (1) maximises the cross-entropy, TRADES maximises KL.
+    # The attack is PGD, eq. (2). Eq. (1) would have it maximise the cross-entropy; TRADES maximises KL.
     adv = images  # x' = x: plain training, if there is nothing to attack with
     if args.eps > 0 and args.attack_steps > 0:
         adv = trades_attack(model, images, batch.start, args.eps, args.step_size, args.attack_steps,
@@ -455,14 +467,14 @@ def train_step(model, averaged, projectors, teacher, optimizer, batch, ema_decay
     adv_logits = model.head(adv_features)
     trades = trades_loss(clean_logits, adv_logits, labels, args.beta, args.label_smoothing)
 
-    # L_DRA, eq. (3). The teacher sees the CLEAN image; it adds sigma * noise itself and so makes x_t. The
-    # gradient goes through h into enc(x') and from there into the classifier. It stops at the attacked image,
-    # which is data here, and at the teacher, which is frozen.
+    # L_DRA, eq. (3). The teacher gets the CLEAN image and makes x_t = (2x - 1) + sigma * noise itself. The
+    # gradient trains h and, through enc(x'), the backbone, but not `head`, which the features never pass
+    # here. It stops at the attacked image, which is data by now, and at the teacher, which is frozen.
     alignment = trades.new_zeros(())
     given_labels = None if args.teacher_unconditional else labels
     for projector, (sigma, noise) in zip(projectors, batch.teacher_noise):
         with torch.no_grad(), torch.autocast(images.device.type, torch.bfloat16, enabled=args.amp):
-            target = teacher(images, given_labels, sigma, noise)  # g(x_t, t, y), [B, width]
+            target = teacher(images, given_labels, sigma, noise)  # g: [B, width], mean over 8 x 8 positions
         alignment = alignment + dra_loss(projector(adv_features), target) / len(projectors)  # mean: chosen
 
     # Eq. (4). Weights of the classifier and of h learn together, by the same optimizer.
@@ -489,8 +501,10 @@ def one_cycle(position, total, peak):
 
     The rate rises from peak / 25 to the peak and falls to peak / 250,000, on two halves of a cosine, while
     the momentum goes from 0.95 to 0.85 and back: long memory for small steps, short memory for large ones.
-    The rise ends at WARMUP * total - 1. For up to 40 positions that is not above 0; then there is no rise,
-    and the first value is already on the way down (torch agrees, but divides by zero for exactly 40).
+    The rise ends at WARMUP * total - 1. For up to 40 positions that is not above 0, so there is no rise,
+    and the first value is already on the way down (torch fails for exactly 40, where it would divide by
+    zero). With a single position only the last value is left, peak / 250,000: a run of one epoch hardly
+    trains.
     """
     def cosine(start, end, share):
         return end + (start - end) / 2 * (1 + math.cos(math.pi * share))
@@ -532,8 +546,8 @@ def averaging_decay(step, warmup_steps, tau):
 
 @torch.no_grad()
 def update_average(averaged, model, ema_decay):
-    """averaged <- ema_decay * averaged + (1 - ema_decay) * model. Buffers, batch norm's running statistics
-    among them, are the live model's: copied, never shared."""
+    """averaged <- ema_decay * averaged + (1 - ema_decay) * model. Buffers, such as batch norm's running
+    statistics, are the live model's as in DM-AT: copied, not averaged, and never shared."""
     torch._foreach_lerp_(list(averaged.parameters()), list(model.parameters()), 1 - ema_decay)
     for average, live in zip(averaged.buffers(), model.buffers()):
         average.copy_(live)
@@ -546,10 +560,16 @@ def all_reduce(tensor, operation=dist.ReduceOp.SUM):
     return tensor
 
 
+def barrier():
+    """Wait until all processes are here."""
+    all_reduce(torch.zeros(()))
+
+
 def average_gradients(parameters):
     """Mean gradient over all processes. By hand: DistributedDataParallel broadcasts buffers before each
-    forward, and two forwards before one backward then fail. There is little to overlap in a step of 26 passes
-    anyway. Each process normalises its own share in batch norm, as in DM-AT's DataParallel."""
+    forward, and two forwards before one backward then fail. In a step that costs as much as 26 forwards
+    there is little to gain from its overlapping anyway. Each process normalises its own share in batch
+    norm, as in DM-AT's DataParallel."""
     if dist.is_initialized():
         for parameter in parameters:
             if parameter.grad is not None:
@@ -613,7 +633,8 @@ def open_npz(path, classes):
         raise InputError(f"{path}: 'label' is {labels.dtype} {list(labels.shape)}, "
                          f"expected integers [{len(images)}], at least one")
     low, high = labels.min(), labels.max()
-    # DM-AT's synthetic files have the same names for CIFAR-10 and CIFAR-100.
+    # DM-AT's files for CIFAR-10 and CIFAR-100 share their names: labels that never pass 9 give the wrong
+    # one away.
     if low < 0 or high >= classes or (classes == 100 and high < 10):
         raise InputError(f"{path}: labels run from {low} to {high}, expected 0 to {classes - 1}")
     return images, labels.astype(np.uint8)
@@ -667,10 +688,11 @@ class Data:
         self.ends = np.cumsum([len(labels) for _, labels in self.parts])  # part i ends before image ends[i]
         self.n_real_images = len(labels) - held
         self.n_synthetic_images = int(self.ends[-1]) - self.n_real_images
-        # A fingerprint of all data, so that a run is not continued on other images by mistake.
+        # Checksums of the real images and of all labels (reading all synthetic images would take too long).
+        # In `args`, where `restore` compares them: a run should not go on with other images by mistake.
         args.images = [zlib.crc32(images), *(zlib.crc32(labels) for _, labels in self.parts)]
 
-        # An epoch is a pass over the real images in length, however many synthetic ones there are (DM-AT).
+        # An epoch has as many steps as all real images, held-out ones included, would fill (DM-AT).
         self.steps_per_epoch = math.ceil(len(labels) / args.batch_size)
         if synthetic and args.synthetic_fraction is None:
             args.synthetic_fraction = 0.7 if self.n_synthetic_images <= 1_000_000 else 0.8
@@ -682,14 +704,13 @@ class Data:
         if args.batch_size % world:
             raise InputError(f"--batch-size {args.batch_size}: expected a multiple of the {world} processes")
         self.order_of_pass = (None, None)  # number of the current pass over the real images, and its order
-        self.reader, self.coming = ThreadPoolExecutor(1), {}  # reads ahead; by step: what will be there
+        self.reader, self.coming = ThreadPoolExecutor(1), {}  # a reading thread; step -> future of its images
 
     def draw_indices(self, step):
         """Which images the global batch of a step holds: int64 [batch_size], numbered through `parts`.
 
         Real ones are consecutive pieces of passes over all of them, each pass in an order of its own; a batch
-        may end one pass and begin the next. Synthetic ones are drawn with replacement: there are more than a
-        run will use.
+        may end one pass and begin the next. Synthetic ones are drawn with replacement, anew in each step.
         """
         seed, pieces = self.args.seed, []
         position, end = step * self.n_real, (step + 1) * self.n_real
@@ -910,7 +931,7 @@ def summarise(recent, done, model, last):
 # -----------------------------------------------------------------------------------------------------------
 # The run. From here on it is bookkeeping.
 
-SIGNALS = []  # SIGTERM and Ctrl-C that have come
+SIGNALS = []  # received: SIGTERM, or Ctrl-C
 
 
 def note_signal(number, _frame):
@@ -920,12 +941,12 @@ def note_signal(number, _frame):
 
 
 def signalled():
-    """The signal that has come to one of the processes, or 0. One that has to stop stops them all."""
+    """The number of the signal that any process has received, or 0: all stop together."""
     return int(all_reduce(torch.tensor(max(SIGNALS, default=0)), dist.ReduceOp.MAX))
 
 
 def stop(number, when):
-    """End with the exit code that is usual for a signal."""
+    """End with the exit code that is usual for a signal, 128 + its number."""
     print(f"stopped by {signal.Signals(number).name} {when}; the same command continues from there",
           file=sys.stderr)
     raise SystemExit(128 + number)
@@ -934,15 +955,15 @@ def stop(number, when):
 def load_teacher(args, device):
     """The frozen diffusion encoder g, or None without alignment. Raises InputError where it does not fit.
 
-    To align with another teacher, return it here: a module with `width`, called as teacher(images in [0,
-    1], labels or None, sigma, noise like images), that gives features [B, width]. Nothing else knows what
-    it is.
+    To align with another teacher, return it here: a frozen module in evaluation mode, on `device`, with
+    `width`, `label_dim` (0: it knows no labels) and a name in `layer`, called as teacher(images in [0, 1],
+    labels or None, sigma, noise) and giving features [B, width]. A run of its own needs an --out of its
+    own.
     """
     if args.dra_weight == 0:
         return None
-    # A class-conditional teacher is told the label: its features then hold what tells the image from others
-    # of its class as well as the class. Test images never meet the teacher, so no label leaks into a
-    # result.
+    # A class-conditional teacher is told the true label, so its features can describe the image within its
+    # class. Only training images meet the teacher, so no test label can leak.
     classes = DATASETS[args.dataset].classes
     try:
         if args.teacher:
@@ -966,21 +987,22 @@ def build_run(args, device, teacher):
     torch.manual_seed(args.seed)
     model = build_model(args.arch, DATASETS[args.dataset].classes, args.dataset)
     with torch.no_grad():
+        # In evaluation mode, or the zeros would enter batch norm's running statistics.
         width = model.eval().features(torch.zeros(1, 3, 32, 32)).shape[1]
     # One projector per noise level (chosen): what can be read off at two levels differs.
     targets = 1 + args.extra_sigma if teacher else 0
     projectors = nn.ModuleList(build_projector(width, teacher.width) for _ in range(targets)).to(device)
     model.to(device, memory_format=torch.channels_last)  # the faster layout for convolutions
     model.amp = args.amp
-    # A copy that shares no storage with the model, or the average would be the model. It is in evaluation
-    # mode for good, and is evaluated in the model's precision: that only selects, AutoAttack judges in
-    # float32.
+    # A copy that shares no storage with the model, or the average would be the model. It is evaluated in the
+    # model's precision, which is good enough to select; AutoAttack judges in float32.
     averaged = copy.deepcopy(model).requires_grad_(False).eval()
     return model, averaged, projectors, build_optimizer(args, model, projectors)
 
 
 def compile_parts(args, model, teacher):
-    """On CUDA, compile what takes the time, backbone and teacher. Names of parameters stay as they are."""
+    """On CUDA, compile what takes the time, backbone and teacher. The method and the teacher's children,
+    not the modules themselves: compiling a module would put a prefix in front of its parameters' names."""
     if args.device == "cuda" and not args.no_compile:
         model.features = torch.compile(model.features, dynamic=False)
         for network in teacher.children() if teacher else ():
@@ -1032,9 +1054,10 @@ def train(args, data, teacher, run, out, total_steps):
                               for every in (args.eval_every, args.save_every)]
     recent, since, started = [], time.time(), time.time()
     for step in range(first_step, total_steps):
-        # The running statistics begin with the first batch's, and are a slow average from then on (DM-AT).
+        # In the first step each forward replaces the running statistics, so they begin as the attacked
+        # batch's; from then on they are a slow average over both kinds (DM-AT).
         set_batchnorm(model, momentum=1.0 if step == 0 else BATCHNORM_MOMENTUM)
-        if step == max(1, first_step):  # step 0 has a momentum of its own, which would be compiled in
+        if step == max(1, first_step):  # after step 0: its momentum of 1 would be compiled in as a constant
             compile_parts(args, model, teacher)
             compile_parts(args, averaged, None)
         lr, momentum = one_cycle(step // data.steps_per_epoch, epochs, args.lr)
@@ -1068,7 +1091,7 @@ def train(args, data, teacher, run, out, total_steps):
             write_log(out / "log.csv", log, minutes)
         last = out / "last.pt" if saving else last
         if stopping and not final:
-            all_reduce(torch.zeros(()))  # all wait until process 0 has saved
+            barrier()  # all wait until process 0 has saved
             stop(stopping, f"after step {done} of {total_steps}")
         recent, since = [], time.time()
 
@@ -1102,12 +1125,12 @@ def main(argv=None):
         backend = "cpu:gloo,cuda:nccl" if args.device == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(hours=2))
     out = Path(args.out)
-    if local > 0:
-        all_reduce(torch.zeros(()))  # the first process of each machine goes first: it may have to download
+    if local > 0:  # the first process of each machine goes first, as it may have to download
+        barrier()
     teacher = load_teacher(args, device)
     data = Data(args, device, rank, world)
-    if local == 0:
-        all_reduce(torch.zeros(()))
+    if local == 0:  # and lets the others go on, who wait at the barrier above
+        barrier()
     total_steps = args.max_steps or args.epochs * data.steps_per_epoch
     run = build_run(args, device, teacher)
     if rank == 0:

@@ -32,7 +32,7 @@ ConvNeXt-B row (paper: 76.03 / 56.07) differs by the name of the backbone:
 
 Word for word those of train_cifar.py (a test compares them), so that its tests speak for this file, too:
 InputError, fraction, build_projector, pgd, kl_divergence, trades_loss, dra_loss, one_cycle, averaging_decay,
-update_average, all_reduce, margin_loss, save_atomically, restore, write_log, summarise, note_signal,
+update_average, all_reduce, barrier, margin_loss, save_atomically, restore, write_log, summarise, note_signal,
 signalled, stop, compile_parts.
 """
 import argparse
@@ -67,9 +67,10 @@ from tqdm import tqdm
 from dit_encoder import DiTEncoder, LightningDiT, VAEEncoder, load_dit_encoder
 
 # -----------------------------------------------------------------------------------------------------------
-# Settings. Each number says where it comes from. "stated": in the paper. "inherited": from DM-AT, whose
-# recipe the paper builds on. "chosen": by us, where the paper leaves it open. What one changes to reproduce
-# a row of the paper is a flag in `parse_args`; the rest of the recipe is here.
+# Settings. Each number says where it comes from. "stated": in the paper, or in what it refers to.
+# "inherited": from DM-AT, whose recipe the paper builds on. "chosen": by us, where the paper leaves it
+# open. What one changes to reproduce a row of the paper is a flag in `parse_args`; the rest of the recipe
+# is here.
 
 CROP_AREA = (0.08, 1.0)  # share of the image in a random resized crop (chosen: torchvision's default)
 WARMUP = 0.025  # share of the steps with a rising learning rate, and before averaging (inherited)
@@ -80,15 +81,15 @@ PROJECTOR_WIDTH = 2048  # hidden width of h: REPA's, arXiv 2410.06940; the paper
 ZERO_CHANNELS = (1053, 259)  # of LightningDiT-XL/1: far too large in every image, so set to zero (stated)
 TEACHER_HEADS, TEACHER_SIZE = 16, 256  # attention heads and image size of LightningDiT-XL/1
 CACHE_CHUNK, CACHE_BATCH = 256, 64  # images whose cached targets are written, and computed, together
-TABLE_STEPS, TABLE_IMAGES = 10, 1024  # PGD for the closing table: a quick look, no result
-LOG_EVERY = 50  # steps
+TABLE_STEPS, TABLE_IMAGES = 10, 1024  # PGD for the closing table (chosen): a quick look, no result
+LOG_EVERY = 50  # steps between rows of log.csv
 SMOKE = {"data": None, "arch": None, "no_pretrained": True, "image_size": 96, "epochs": 6, "batch_size": 32,
          "lr": 2e-3, "weight_decay": 0.01, "eval_every": 3, "teacher_layer": 1, "workers": 2,
          "out": "runs/imagenet-smoke", "device": "cpu"}  # other defaults for --smoke: two minutes, two cores
 
 
 class InputError(ValueError):
-    """A file or folder of the user's cannot be used: one line that names it. The exit code is 2."""
+    """What the user gave cannot be used. The message is one line that names it; the exit code is 2."""
 
 
 def fraction(text):
@@ -104,13 +105,12 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
-    # Data. Robust accuracy on test images keeps growing with more data, far beyond the real ones that there
-    # are.
+    # Data. Robustness keeps improving with far more images than the real ones.
     add("--data", default="imagenet", help="folder with train/ and val/, in each a folder per class")
     add("--synthetic", metavar="DIR", help="generated images: a folder with class folders of the same names")
     add("--synthetic-fraction", type=fraction,
         help="synthetic share of each batch, 0.7 if not given (chosen: DM-AT's for its smaller sets)")
-    add("--image-size", type=int, default=224, help="pixels (RobustBench's standard, stated by reference)")
+    add("--image-size", type=int, default=224, help="pixels (stated: RobustBench's standard)")
     add("--workers", type=int, default=min(16, os.cpu_count() or 1), help="image readers for each process")
     # Model and optimisation. The average of the weights over the last steps is usually more robust than any
     # one of them, and it is what gets evaluated and used.
@@ -131,7 +131,7 @@ def parse_args(argv=None):
     add("--eps", type=fraction, default="4/255", help="largest change of a pixel in [0,1] (as --image-size)")
     add("--step-size", type=fraction, default="2/255", help="of the attack (chosen)")
     add("--attack-steps", type=int, default=3,
-        help="PGD steps (stated); 0: train on clean images, with --beta 0 by cross-entropy alone")
+        help="PGD steps (stated); 0: x' = x, no attack (with --beta and --dra-weight 0: cross-entropy alone)")
     # Diffusion representation alignment. Middle layers of a diffusion transformer, at a time close to the
     # clean image, say most about what is in it: early ones look at texture, late ones paint.
     add("--dra-weight", type=fraction, default=1.0, help="lambda, eq. (4) (chosen); 0: no alignment")
@@ -143,7 +143,7 @@ def parse_args(argv=None):
     add("--cache-targets", metavar="DIR",
         help="compute targets once, of centre crops and their mirror images, and keep them there; the "
              "default, as in the paper, is in each step, of the augmented images")
-    # Running. In bfloat16 only the networks compute; what decides, logits and losses, stays in float32.
+    # Running. Only backbone and teacher compute in bfloat16; logits, projector and losses stay in float32.
     add("--out", default="runs/imagenet", help="folder for last.pt, best.pt and log.csv")
     add("--seed", type=int, default=0, help="of every random draw")
     add("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu",
@@ -260,8 +260,8 @@ def build_model(arch, num_classes, pretrained, image_size=None):
 
 def build_projector(in_width, out_width):
     """h in eq. (3): classifier features [B, in_width] -> the teacher's space [B, out_width]. Three layers
-    (stated), SiLU in between as in REPA. It takes up what is particular to the teacher, so that the
-    classifier's features need not equal the teacher's but only hold what these can be read off from."""
+    (stated), SiLU in between as in REPA. It absorbs what is particular to the teacher's space: the
+    classifier's features need not equal the teacher's, they only have to predict them."""
     return nn.Sequential(nn.Linear(in_width, PROJECTOR_WIDTH), nn.SiLU(),
                          nn.Linear(PROJECTOR_WIDTH, PROJECTOR_WIDTH), nn.SiLU(),
                          nn.Linear(PROJECTOR_WIDTH, out_width))
@@ -313,6 +313,8 @@ def trades_attack(model, images, start, eps, step_size, steps, clean_logits=None
             with torch.no_grad():
                 clean_logits = model(images)
         clean_logits = clean_logits.detach()  # p(x) is held fixed
+        # The sum, so that each image's gradient is independent of the others; its sign ignores the scale
+        # anyway.
         loss = lambda adv: kl_divergence(clean_logits, model(adv), "sum")
         return pgd(loss, images, start, eps, step_size, steps)
     finally:
@@ -323,9 +325,9 @@ def trades_attack(model, images, start, eps, step_size, steps, clean_logits=None
 def trades_loss(clean_logits, adv_logits, labels, beta, label_smoothing):
     """L_TRADES = CE(f(x), y) + beta * KL(p(x) || p(x')) (arXiv 1901.08573), the mean over the batch.
 
-    The first term wants the clean image right, the second wants the attacked one to be answered alike; beta
-    trades the one for the other. clean_logits, adv_logits [B, classes]; gradients flow into both. labels [B]
-    int64. Returns a float32 scalar.
+    The first term rewards classifying the clean image correctly, the second giving the attacked one the
+    same prediction; beta trades the one for the other. clean_logits, adv_logits [B, classes]; gradients
+    flow into both. labels [B] int64. Returns a float32 scalar.
     """
     cross_entropy = F.cross_entropy(clean_logits.float(), labels, label_smoothing=label_smoothing)
     return cross_entropy + beta * kl_divergence(clean_logits, adv_logits, "batchmean")
@@ -345,7 +347,8 @@ def dra_loss(projected, target):
 
 
 def train_step(model, averaged, projectors, teacher, optimizer, batch, ema_decay, args):
-    """One optimisation step. Deterministic: all randomness is in `batch`, see `Data.batch`.
+    """One optimisation step. It draws no random numbers: they are all in `batch`, see `Data.batch`.
+
 
     batch.images x [B, 3, H, W] in [0, 1], batch.labels y [B], batch.start like images, and for the
     alignment either batch.target [B, width] from the cache or batch.teacher_noise [B, *latent_shape].
@@ -363,7 +366,7 @@ def train_step(model, averaged, projectors, teacher, optimizer, batch, ema_decay
         # contains it.
         clean_logits = model(images)
 
-        # The attack, PGD as in eq. (2). Where eq. (1) maximises the cross-entropy, TRADES maximises KL.
+        # The attack is PGD, eq. (2). Eq. (1) would have it maximise the cross-entropy; TRADES maximises KL.
         adv = images  # x' = x: plain training, if there is nothing to attack with
         if args.eps > 0 and args.attack_steps > 0:
             adv = trades_attack(model, images, part.start, args.eps, args.step_size, args.attack_steps,
@@ -375,9 +378,10 @@ def train_step(model, averaged, projectors, teacher, optimizer, batch, ema_decay
         adv_logits = model.head(adv_features)
         trades = trades_loss(clean_logits, adv_logits, labels, args.beta, args.label_smoothing)
 
-        # L_DRA, eq. (3). The teacher sees the CLEAN image; it encodes and noises it itself and so makes
-        # x_t. The gradient goes through h into enc(x') and from there into the classifier. It stops at the
-        # attacked image, which is data here, and at the teacher, which is frozen.
+        # L_DRA, eq. (3). The teacher gets the CLEAN image, encodes it to a latent z, and makes x_t = t z +
+        # (1 - t) noise itself. The gradient trains h and, through enc(x'), the backbone, but not `head`,
+        # which the features never pass here. It stops at the attacked image, which is data by now, and at
+        # the teacher, which is frozen.
         alignment = trades.new_zeros(())
         for projector in projectors:
             target = part.target  # from the cache, [B, width]
@@ -417,8 +421,10 @@ def one_cycle(position, total, peak):
 
     The rate rises from peak / 25 to the peak and falls to peak / 250,000, on two halves of a cosine, while
     the momentum goes from 0.95 to 0.85 and back: long memory for small steps, short memory for large ones.
-    The rise ends at WARMUP * total - 1. For up to 40 positions that is not above 0; then there is no rise,
-    and the first value is already on the way down (torch agrees, but divides by zero for exactly 40).
+    The rise ends at WARMUP * total - 1. For up to 40 positions that is not above 0, so there is no rise,
+    and the first value is already on the way down (torch fails for exactly 40, where it would divide by
+    zero). With a single position only the last value is left, peak / 250,000: a run of one epoch hardly
+    trains.
     """
     def cosine(start, end, share):
         return end + (start - end) / 2 * (1 + math.cos(math.pi * share))
@@ -448,8 +454,8 @@ def averaging_decay(step, warmup_steps, tau):
 
 @torch.no_grad()
 def update_average(averaged, model, ema_decay):
-    """averaged <- ema_decay * averaged + (1 - ema_decay) * model. Buffers, batch norm's running statistics
-    among them, are the live model's: copied, never shared."""
+    """averaged <- ema_decay * averaged + (1 - ema_decay) * model. Buffers, such as batch norm's running
+    statistics, are the live model's as in DM-AT: copied, not averaged, and never shared."""
     torch._foreach_lerp_(list(averaged.parameters()), list(model.parameters()), 1 - ema_decay)
     for average, live in zip(averaged.buffers(), model.buffers()):
         average.copy_(live)
@@ -462,9 +468,15 @@ def all_reduce(tensor, operation=dist.ReduceOp.SUM):
     return tensor
 
 
+def barrier():
+    """Wait until all processes are here."""
+    all_reduce(torch.zeros(()))
+
+
 def average_gradients(parameters):
-    """Mean gradient over all processes. By hand rather than by DistributedDataParallel: there is little to
-    overlap in a step of 12 passes, and the accumulated pieces of a batch need no special care."""
+    """Mean gradient over all processes. By hand rather than by DistributedDataParallel: in a step that
+    costs as much as 12 forwards there is little to gain from its overlapping, and the accumulated pieces of
+    a batch need no special care."""
     if dist.is_initialized():
         for parameter in parameters:
             if parameter.grad is not None:
@@ -642,10 +654,11 @@ class Data:
         self.real = torch.from_numpy(np.setdiff1d(np.arange(len(real)), held))  # numbers of those to train on
         self.n_real_images, self.n_synthetic_images = len(self.real), sum(map(len, self.folders[1:]))
         args.classes = self.classes  # their names, in the order of the labels
-        # A fingerprint of all data, so that a run is not continued on other images by mistake.
+        # Checksums of all names, in `args`, where `restore` compares them: a run should not go on with
+        # other images by mistake.
         args.images = [folder.digest() for folder in self.folders]
 
-        # An epoch is a pass over the real images in length, however many synthetic ones there are (DM-AT).
+        # An epoch has as many steps as all real images, held-out ones included, would fill (DM-AT).
         self.steps_per_epoch = math.ceil(len(real) / args.batch_size)
         if args.synthetic and args.synthetic_fraction is None:
             args.synthetic_fraction = 0.7
@@ -663,7 +676,8 @@ class Data:
         """Which images the global batch of a step holds: int64 [batch_size], numbered through `folders`.
 
         Real ones are consecutive pieces of passes over all of them, each pass in an order of its own; a
-        batch may end one pass and begin the next. Synthetic ones are drawn with replacement.
+        batch may end one pass and begin the next. Synthetic ones are drawn with replacement, anew in each
+        step.
         """
         seed, pieces = self.args.seed, []
         position, end = step * self.n_real, (step + 1) * self.n_real
@@ -732,9 +746,9 @@ def cache_targets(args, data, teacher):
             "width": teacher.width, "teacher": weights.hexdigest()[:16], "layer": args.teacher_layer,
             "t": args.teacher_t, "labels": not args.teacher_unconditional, "seed": args.seed,
             "bfloat16": args.amp, "chunk": CACHE_CHUNK})
-    all_reduce(torch.zeros(()))
+    barrier()
     done = np.load(path / "done.npy")
-    all_reduce(torch.zeros(()))  # all have seen the same state before anyone adds to it
+    barrier()  # all have seen the same state before anyone adds to it
     todo = np.flatnonzero(~done)[data.rank::data.world]
     chunks = [range(chunk * CACHE_CHUNK, min(count, (chunk + 1) * CACHE_CHUNK)) for chunk in todo]
     crops = Centred(data.folders, np.arange(count), teacher.image_size, teacher.image_size)
@@ -941,7 +955,7 @@ def summarise(recent, done, model, last):
 # -----------------------------------------------------------------------------------------------------------
 # The run. From here on it is bookkeeping.
 
-SIGNALS = []  # SIGTERM and Ctrl-C that have come
+SIGNALS = []  # received: SIGTERM, or Ctrl-C
 
 
 def note_signal(number, _frame):
@@ -951,12 +965,12 @@ def note_signal(number, _frame):
 
 
 def signalled():
-    """The signal that has come to one of the processes, or 0. One that has to stop stops them all."""
+    """The number of the signal that any process has received, or 0: all stop together."""
     return int(all_reduce(torch.tensor(max(SIGNALS, default=0)), dist.ReduceOp.MAX))
 
 
 def stop(number, when):
-    """End with the exit code that is usual for a signal."""
+    """End with the exit code that is usual for a signal, 128 + its number."""
     print(f"stopped by {signal.Signals(number).name} {when}; the same command continues from there",
           file=sys.stderr)
     raise SystemExit(128 + number)
@@ -1008,15 +1022,15 @@ def build_run(args, data, teacher, pretrained=False):
     projectors = nn.ModuleList([build_projector(width, teacher.width)] if teacher else []).to(data.device)
     model.to(data.device, memory_format=torch.channels_last)  # the faster layout for convolutions
     model.amp = args.amp
-    # A copy that shares no storage with the model, or the average would be the model. It is in evaluation
-    # mode for good, and is evaluated in the model's precision: that only selects, AutoAttack judges in
-    # float32.
+    # A copy that shares no storage with the model, or the average would be the model. It is evaluated in the
+    # model's precision, which is good enough to select; AutoAttack judges in float32.
     averaged = copy.deepcopy(model).requires_grad_(False).eval()
     return model, averaged, projectors, build_optimizer(args, model, projectors)
 
 
 def compile_parts(args, model, teacher):
-    """On CUDA, compile what takes the time, backbone and teacher. Names of parameters stay as they are."""
+    """On CUDA, compile what takes the time, backbone and teacher. The method and the teacher's children,
+    not the modules themselves: compiling a module would put a prefix in front of its parameters' names."""
     if args.device == "cuda" and not args.no_compile:
         model.features = torch.compile(model.features, dynamic=False)
         for network in teacher.children() if teacher else ():
@@ -1104,7 +1118,7 @@ def train(args, data, teacher, run, out, total_steps):
             write_log(out / "log.csv", log, minutes)
         last = out / "last.pt" if saving else last
         if stopping and not final:
-            all_reduce(torch.zeros(()))  # all wait until process 0 has saved
+            barrier()  # all wait until process 0 has saved
             stop(stopping, f"after step {done} of {total_steps}")
         recent, since = [], time.time()
 
@@ -1127,14 +1141,14 @@ def print_table(args, data, out):
 def run_once(args, device, rank, world, local):
     """One training run: data, teacher, model, then training and the closing table."""
     out = Path(args.out)
-    if local > 0:
-        all_reduce(torch.zeros(()))  # the first process of each machine goes first: it may have to download
+    if local > 0:  # the first process of each machine goes first, as it may have to download
+        barrier()
     data = Data(args, device, rank, world)
     teacher = load_teacher(args, data)
     begun = any((out / name).exists() for name in ("last.pt", "best.pt"))  # then weights come from there
     run = build_run(args, data, teacher, pretrained=not (args.no_pretrained or args.dry_run or begun))
-    if local == 0:
-        all_reduce(torch.zeros(()))
+    if local == 0:  # and lets the others go on, who wait at the barrier above
+        barrier()
     total_steps = args.max_steps or args.epochs * data.steps_per_epoch
     if rank == 0:
         print_plan(args, data, run, teacher, total_steps)
