@@ -442,7 +442,6 @@ def dra_loss(projected, target):
 def train_step(model, averaged, projectors, teacher, optimizer, batch, ema_decay, args):
     """One optimisation step. It draws no random numbers: they are all in `batch`, see `Data.batch`.
 
-
     batch.images x [B, 3, 32, 32] in [0, 1], batch.labels y [B], batch.start like images,
     batch.teacher_noise: a list of (sigma: float or [B], noise: N(0, 1) like images), one per projector,
     empty without alignment. ema_decay: see `averaging_decay`. args: eps, step_size, attack_steps, beta,

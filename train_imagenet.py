@@ -78,7 +78,9 @@ RESIZE = 256 / 224  # shorter side over centre crop in evaluations: RobustBench'
 HOLDOUT = 1024  # evenly spaced training images, never trained on, to select best.pt (inherited)
 SELECTION_STEPS = 40  # PGD steps on the margin loss for that selection (inherited)
 PROJECTOR_WIDTH = 2048  # hidden width of h: REPA's, arXiv 2410.06940; the paper states its three layers
-ZERO_CHANNELS = (1053, 259)  # of LightningDiT-XL/1: far too large in every image, so set to zero (stated)
+# Two channels of LightningDiT-XL/1 are far too large in every image. They say nothing about any one of
+# them, but would decide every cosine, so they are set to zero (stated).
+ZERO_CHANNELS = (1053, 259)
 TEACHER_HEADS, TEACHER_SIZE = 16, 256  # attention heads and image size of LightningDiT-XL/1
 CACHE_CHUNK, CACHE_BATCH = 256, 64  # images whose cached targets are written, and computed, together
 TABLE_STEPS, TABLE_IMAGES = 10, 1024  # PGD for the closing table (chosen): a quick look, no result
@@ -112,8 +114,9 @@ def parse_args(argv=None):
         help="synthetic share of each batch, 0.7 if not given (chosen: DM-AT's for its smaller sets)")
     add("--image-size", type=int, default=224, help="pixels (stated: RobustBench's standard)")
     add("--workers", type=int, default=min(16, os.cpu_count() or 1), help="image readers for each process")
-    # Model and optimisation. The average of the weights over the last steps is usually more robust than any
-    # one of them, and it is what gets evaluated and used.
+    # Model and optimisation. Lion moves every weight by the learning rate, up or down, however small its
+    # gradient: hence a rate far below SGD's, and a decay far above. The average of the weights over the
+    # last steps is usually more robust than any one of them, and it is what gets evaluated and used.
     add("--arch", default="vit_base_patch16_dinov3.lvd1689m",
         help="a timm model without batch norm, such as convnext_base.dinov3_lvd1689m (stated)")
     add("--no-pretrained", action="store_true", help="start from random weights")
@@ -125,15 +128,17 @@ def parse_args(argv=None):
     add("--weight-decay", type=fraction, default=0.5, help="not of vectors (chosen: as for ViT-B/2)")
     add("--ema-decay", type=fraction, default=0.995, help="tau of the weight averaging (inherited)")
     add("--label-smoothing", type=fraction, default=0.1, help="in the cross-entropy (inherited)")
-    # Attack. A larger beta buys robust accuracy with clean accuracy. The steps together reach further than
-    # eps, so that the attack can cross its ball and still correct itself.
+    # Attack. On ImageNet the standard radius is half of CIFAR's, and three steps are enough to cross it. A
+    # larger beta buys robust accuracy with clean accuracy. The steps together reach further than eps, so
+    # that the attack can cross its ball and still correct itself.
     add("--beta", type=fraction, default=5.0, help="weight of TRADES' KL term (chosen: DM-AT's)")
     add("--eps", type=fraction, default="4/255", help="largest change of a pixel in [0,1] (as --image-size)")
     add("--step-size", type=fraction, default="2/255", help="of the attack (chosen)")
     add("--attack-steps", type=int, default=3,
         help="PGD steps (stated); 0: x' = x, no attack (with --beta and --dra-weight 0: cross-entropy alone)")
     # Diffusion representation alignment. Middle layers of a diffusion transformer, at a time close to the
-    # clean image, say most about what is in it: early ones look at texture, late ones paint.
+    # clean image, say most about what is in it: early layers still look at patches, late ones already
+    # paint.
     add("--dra-weight", type=fraction, default=1.0, help="lambda, eq. (4) (chosen); 0: no alignment")
     add("--teacher", nargs=3, metavar=("DIT", "VAE", "STATS"),
         help="LightningDiT-XL/1, VA-VAE, latents_stats.pt (stated: the model that drew the synthetic images)")
@@ -197,7 +202,12 @@ def finish_args(args, parser):
 
 
 class Classifier(nn.Module):
-    """A timm backbone with its normalisation inside."""
+    """A timm backbone with its normalisation inside.
+
+    A ViT gives tokens [B, T, D], of which the class token and the registers stay out of the mean; a
+    ConvNeXt gives a map [B, D, h, w], of which the mean is taken over positions. Everything below works for
+    both.
+    """
 
     amp = False  # whether the backbone computes in bfloat16
 
@@ -216,7 +226,7 @@ class Classifier(nn.Module):
         """
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.amp):
             tokens = self.backbone.forward_features((images - self.mean) / self.std)
-            return self.backbone.forward_head(tokens, pre_logits=True).float()
+            return self.backbone.forward_head(tokens, pre_logits=True).float()  # pooled and normalised
 
     def head(self, features):
         """[B, D] -> logits [B, num_classes]"""
@@ -349,7 +359,6 @@ def dra_loss(projected, target):
 def train_step(model, averaged, projectors, teacher, optimizer, batch, ema_decay, args):
     """One optimisation step. It draws no random numbers: they are all in `batch`, see `Data.batch`.
 
-
     batch.images x [B, 3, H, W] in [0, 1], batch.labels y [B], batch.start like images, and for the
     alignment either batch.target [B, width] from the cache or batch.teacher_noise [B, *latent_shape].
     projectors: one, or none without alignment. ema_decay: see `averaging_decay`. args: eps, step_size,
@@ -405,7 +414,12 @@ def train_step(model, averaged, projectors, teacher, optimizer, batch, ema_decay
 
 
 def split_batch(batch, pieces):
-    """A batch's tensors, cut into that many pieces of equal size; what is None stays so."""
+    """A batch's tensors, cut into that many pieces of equal size; what is None stays so.
+
+    A ViT-B/16 keeps the activations of all its layers for a backward pass, so memory grows with the images
+    that are computed together. In pieces a batch of 1,024 fits any GPU, at the same speed as long as a
+    piece fills it.
+    """
     columns = {name: [None] * pieces if value is None else value.chunk(pieces)
                for name, value in vars(batch).items()}
     return [SimpleNamespace(**{name: column[i] for name, column in columns.items()}) for i in range(pieces)]
@@ -438,7 +452,8 @@ def one_cycle(position, total, peak):
 
 def build_optimizer(args, *modules):
     """Lion (stated; arXiv 2302.06675, from timm) over all parameters of `modules`. Without weight decay on
-    vectors: biases, layer norms, and the factors that scale a block's output (chosen)."""
+    vectors: biases, layer norms, and the factors that scale a block's output (chosen). Decay pulls towards
+    zero, which is a sensible place for a matrix, but not for a factor that starts at one."""
     parameters = [p for module in modules for p in module.parameters()]
     groups = [{"params": [p for p in parameters if p.ndim > 1]},
               {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0}]
@@ -578,7 +593,9 @@ class Augmented(Dataset):
         with torch.random.fork_rng(devices=[]):  # torchvision draws from torch's global generator
             torch.manual_seed(random_seed(self.seed, (step, slot), "augment"))
             pixels, flip = to_pixels(folder.read(number, self.crop)), int(torch.rand(()) < 0.5)
-        if self.cache and self.targets is None:  # opened here, in the process that reads
+        if self.cache and self.targets is None:
+            # Opened here, in the process that reads, and mapped: a row of 2.3 kB is all that is read for an
+            # image.
             self.targets = np.load(Path(self.cache, "targets.npy"), mmap_mode="r")
         target = torch.zeros(0)
         if self.cache:
@@ -696,7 +713,12 @@ class Data:
 
     def load(self, first_step, total_steps):
         """Iterate over what `Augmented` gives for this process's share of each step's batch: every
-        `world`-th image. Worker processes read ahead."""
+        `world`-th image.
+
+        Worker processes decode JPEGs and crop while the GPU computes; a step of 12 forwards gives them much
+        time. The list of what to read is drawn here, in order, so a run that continues begins in the middle
+        of it.
+        """
         shares = ([(step, slot, index) for slot, index in enumerate(self.draw_indices(step).tolist())]
                   [self.rank::self.world] for step in range(first_step, total_steps))
         return iter(DataLoader(Augmented(self.folders, self.args), batch_sampler=shares,
@@ -782,7 +804,11 @@ def both_views(args, teacher, images, labels, numbers):
 
 
 def prepare_cache(path, made_from):
-    """Make an empty cache in the folder `path`, or see that the one there was made from the same."""
+    """Make an empty cache in the folder `path`, or see that the one there was made from the same.
+
+    made_from: what the features depend on. It is kept beside them, as targets.json, since a cache of other
+    images, of another block or of another teacher would look just as good, and train another classifier.
+    """
     description, shape = path / "targets.json", (made_from["count"], 2, made_from["width"])
     marks = (math.ceil(made_from["count"] / CACHE_CHUNK),)
     if description.exists():
@@ -845,7 +871,8 @@ def margin_loss(logits, labels):
 def evaluate(model, source, loss, steps, args):
     """Clean and robust accuracy in percent, the latter under PGD on `loss` from one random start per image.
 
-    model: frozen and in evaluation mode. source: a `Centred`.
+    model: frozen and in evaluation mode. source: a `Centred`, so images as in RobustBench's protocol. In
+    the run this is process 0's work while the others wait.
     """
     clean, robust, device = 0, 0, next(model.parameters()).device
     loader = DataLoader(source, batch_size=64, num_workers=args.workers, worker_init_fn=answer_signals)
@@ -1139,7 +1166,11 @@ def print_table(args, data, out):
 
 
 def run_once(args, device, rank, world, local):
-    """One training run: data, teacher, model, then training and the closing table."""
+    """One training run: data, teacher, model, then training and the closing table.
+
+    Pretrained weights are only fetched where a run begins; one that continues has all of its weights in its
+    checkpoint.
+    """
     out = Path(args.out)
     if local > 0:  # the first process of each machine goes first, as it may have to download
         barrier()
