@@ -599,19 +599,21 @@ def map_npz_member(path, name):
         with open(path, "rb") as file:
             info = zipfile.ZipFile(file).getinfo(f"{name}.npy")
             if info.compress_type != zipfile.ZIP_STORED:
-                raise ValueError(f"{name!r} is compressed, which cannot be mapped; use numpy.savez")
+                raise InputError(f"{path}: {name!r} is compressed and cannot be mapped; use numpy.savez")
             file.seek(info.header_offset + 26)  # in the member's own header: lengths of two fields at its end
             begin = info.header_offset + 30 + sum(struct.unpack("<2H", file.read(4)))
             file.seek(begin)  # from here on it is an .npy file
             np.lib.format.read_magic(file)
             shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
             if dtype.hasobject or fortran_order:  # objects would be unpickled, and a pickle can run code
-                raise ValueError(f"{name!r} holds objects or is in Fortran order, expected C order")
+                raise InputError(f"{path}: {name!r} holds objects or is in Fortran order, expected C order")
             if file.tell() - begin + math.prod(shape) * dtype.itemsize != info.file_size:
                 raise ValueError(f"{name!r} has another length than its header says, perhaps cut off")
             mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             mapping.madvise(mmap.MADV_RANDOM)  # no read-ahead: images are fetched from all over the file
             return np.ndarray(shape, dtype, buffer=mapping, offset=file.tell())
+    except InputError:
+        raise
     except KeyError:
         raise InputError(f"{path}: has no array {name!r}; expected 'image' and 'label'") from None
     except Exception as error:  # a damaged file can fail in any way
