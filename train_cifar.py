@@ -41,6 +41,7 @@ processes can draw the same batch and take their shares.
 """
 import argparse
 import copy
+import csv
 import fcntl
 import math
 import mmap
@@ -69,9 +70,9 @@ from edm_encoder import EDMEncoder, load_edm_encoder
 
 # -----------------------------------------------------------------------------------------------------------
 # Settings. Each number says where it comes from. "stated": in the paper, or in what it refers to.
-# "inherited": from DM-AT, whose setup the paper says it follows. "chosen": by us, where the paper leaves it
-# open. What one changes to reproduce a row of the paper is a flag in `parse_args`; the rest of the recipe
-# is here.
+# "inherited": # from DM-AT, whose setup the paper says it follows (chosen, strictly, in the row without
+# synthetic images, which DM-AT does not have). "chosen": by us, where the paper leaves it open. What one
+# changes to reproduce a row of the paper is a flag in `parse_args`; the rest of the recipe is here.
 
 # Mean and deviation per RGB channel (inherited); the teacher is the EDM that drew DM-AT's images (stated).
 DATASETS = {
@@ -92,7 +93,7 @@ WARMUP = 0.025  # share of the epochs with a rising rate, and of the steps befor
 # tenth of torch's default, so these are averages over many clean and attacked batches (inherited).
 BATCHNORM_MOMENTUM = 0.01
 CROP_PADDING = 4  # pixels of black border, out of which the random crop is taken (inherited)
-HOLDOUT = 1024  # first training images, never trained on, to select best.pt; at most a tenth (inherited)
+HOLDOUT = 1024  # first training images, never trained on, to select best.pt (inherited); at most a tenth
 SELECTION_STEPS = 40  # PGD steps on the margin loss for that selection (inherited)
 PROJECTOR_WIDTH = 2048  # hidden width of h: REPA's, arXiv 2410.06940; the paper states its three layers
 EXTRA_LOG_SIGMA = (-1.2, 1.2)  # mean and deviation of ln(sigma): EDM's own in training (stated)
@@ -125,7 +126,7 @@ def parse_args(argv=None):
         help="has train.npz, test.npz (image uint8 [N,32,32,3], label int [N]), or CIFAR is downloaded there")
     add("--synthetic", nargs="+", default=[], metavar="FILE", help="DM-AT's .npz files, any number of parts")
     add("--synthetic-fraction", type=fraction,
-        help="synthetic share of each batch (inherited: 0.7 up to a million images, 0.8 above)")
+        help="synthetic share of each batch (0.7: inherited; above a million images 0.8: arXiv 2404.09349)")
     # Model and optimisation. The average of the weights over the last steps is usually more robust than any
     # of them; it is what gets evaluated and used.
     add("--arch", default="wrn-34-10", help="wrn-DEPTH-WIDTH with DEPTH = 6n + 4, or vit-b-2")
@@ -186,7 +187,8 @@ def finish_args(args, parser):
     args.amp = args.device == "cuda" and not args.no_amp  # autocast to bfloat16
     for expected, fits, names in (
             ("above 0", lambda x: x > 0, "epochs max_steps lr step_size teacher_sigma eval_every save_every"),
-            ("at least 0", lambda x: x >= 0, "attack_steps beta dra_weight weight_decay seed"),
+            ("at least 0", lambda x: x >= 0, "attack_steps beta dra_weight weight_decay"),
+            ("at least 0 and below 2^63", lambda x: 0 <= x < 2**63, "seed"),
             ("at least 2", lambda x: x >= 2, "batch_size"),
             ("at least 0 and below 1", lambda x: 0 <= x < 1,
              "eps ema_decay label_smoothing synthetic_fraction")):
@@ -325,7 +327,7 @@ def build_model(arch, num_classes, dataset="cifar10"):
     wrn = re.fullmatch(r"wrn-(\d{2,3})-(\d{1,2})", arch)
     if arch == "vit-b-2":
         model = ViT(num_classes)
-    elif wrn and int(wrn[1]) % 6 == 4 and int(wrn[2]) > 0:
+    elif wrn and int(wrn[1]) >= 10 and int(wrn[1]) % 6 == 4 and int(wrn[2]) > 0:
         model = WideResNet(int(wrn[1]), int(wrn[2]), num_classes)
     else:
         raise InputError(f"--arch {arch}: expected vit-b-2, or wrn-DEPTH-WIDTH with DEPTH = 6n + 4")
@@ -476,7 +478,8 @@ def train_step(model, averaged, projectors, teacher, optimizer, batch, ema_decay
             target = teacher(images, given_labels, sigma, noise)  # g: [B, width], mean over 8 x 8 positions
         alignment = alignment + dra_loss(projector(adv_features), target) / len(projectors)  # mean: chosen
 
-    # Eq. (4). Weights of the classifier and of h learn together, by the same optimizer.
+    # Eq. (4). Weights of the classifier and of h learn together: same optimizer, same rate and decay
+    # (chosen).
     loss = trades + args.dra_weight * alignment
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
@@ -610,7 +613,6 @@ def map_npz_member(path, name):
             if file.tell() - begin + math.prod(shape) * dtype.itemsize != info.file_size:
                 raise ValueError(f"{name!r} has another length than its header says, perhaps cut off")
             mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            mapping.madvise(mmap.MADV_RANDOM)  # no read-ahead: images are fetched from all over the file
             return np.ndarray(shape, dtype, buffer=mapping, offset=file.tell())
     except InputError:
         raise
@@ -656,7 +658,7 @@ def load_real(args, split):
     except (RuntimeError, OSError) as error:
         raise InputError(f"--data-dir {folder}: has no train.npz, and torchvision could not get "
                          f"{args.dataset} ({error})") from None
-    return data.data, np.array(data.targets, np.uint8)
+    return np.ascontiguousarray(data.data), np.array(data.targets, np.uint8)
 
 
 def draw_smoke_images(count, seed):
@@ -684,6 +686,8 @@ class Data:
             raise InputError(f"--data-dir {args.data_dir}: has {len(labels)} images, expected at least 10")
         self.holdout, self.test = (images[:held], labels[:held]), load_real(args, "test")
         synthetic = [open_npz(path, DATASETS[args.dataset].classes) for path in args.synthetic]
+        for synthetic_images, _ in synthetic:
+            synthetic_images.base.madvise(mmap.MADV_RANDOM)  # single images, from all over: no read-ahead
         # Images are numbered through all parts: the real ones first, then those of each synthetic file.
         self.parts = [(images[held:], labels[held:]), *synthetic]
         self.ends = np.cumsum([len(labels) for _, labels in self.parts])  # part i ends before image ends[i]
@@ -710,8 +714,9 @@ class Data:
     def draw_indices(self, step):
         """Which images the global batch of a step holds: int64 [batch_size], numbered through `parts`.
 
-        Real ones are consecutive pieces of passes over all of them, each pass in an order of its own; a batch
-        may end one pass and begin the next. Synthetic ones are drawn with replacement, anew in each step.
+        Real ones are consecutive pieces of passes over all of them, each pass in an order of its own; a
+        batch may end one pass and begin the next. (DM-AT begins anew in each epoch, and fills up a pass's
+        last batch with synthetic images.) Synthetic ones are drawn with replacement, anew in each step.
         """
         seed, pieces = self.args.seed, []
         position, end = step * self.n_real, (step + 1) * self.n_real
@@ -856,7 +861,7 @@ def save_atomically(content, path):
         temporary.unlink(missing_ok=True)
 
 
-def checkpoint(args, run, step, best, log):
+def checkpoint(args, run, step, best):
     """All that a run needs to continue after `step` steps, and all that a user of the weights needs, as
     tensors and plain types. model_state_dict (averaged, the weights to use) and unaveraged_model_state_dict
     are DM-AT's keys, state_dict (averaged) is RobustBench's; saved twice by reference, a tensor takes its
@@ -865,7 +870,7 @@ def checkpoint(args, run, step, best, log):
     data, weights = DATASETS[args.dataset], averaged.state_dict()
     return {"model_state_dict": weights, "state_dict": weights,
             "unaveraged_model_state_dict": model.state_dict(), "projector": projectors.state_dict(),
-            "optimizer": optimizer.state_dict(), "step": step, "best": best, "log": log, "args": vars(args),
+            "optimizer": optimizer.state_dict(), "step": step, "best": best, "args": vars(args),
             "arch": args.arch, "dataset": args.dataset, "num_classes": data.classes,
             "mean": data.mean, "std": data.std}
 
@@ -877,7 +882,7 @@ MAY_DIFFER = {"data_dir", "synthetic", "out", "device", "amp", "no_amp", "no_com
 
 
 def restore(path, args, run):
-    """Load a checkpoint of the same settings into `run`; returns (step, best, log). Raises InputError where
+    """Load a checkpoint of the same settings into `run`; returns (step, best). Raises InputError where
     it is damaged or of another run. With weights_only a file is data: nothing in it gets to run."""
     model, averaged, projectors, optimizer = run
     try:
@@ -890,7 +895,7 @@ def restore(path, args, run):
             averaged.load_state_dict(saved["model_state_dict"])
             projectors.load_state_dict(saved["projector"])
             optimizer.load_state_dict(saved["optimizer"])
-            return int(saved["step"]), float(saved["best"]), list(saved["log"])
+            return int(saved["step"]), float(saved["best"])
     except Exception as error:
         raise InputError(f"{path}: damaged, or no checkpoint of this script ({type(error).__name__}); "
                          "move it away to start without it") from None
@@ -899,14 +904,23 @@ def restore(path, args, run):
 
 
 def write_log(path, log, minutes_left):
-    """All rows so far -> log.csv, and the last one to the terminal. Rows are kept in the checkpoint, too,
-    so a continued run has each of them once."""
+    """All rows so far -> log.csv, and the last one to the terminal."""
     columns = list(dict.fromkeys(name for row in log for name in row))
     lines = [",".join(columns)]
     lines += [",".join(f"{row[name]:.6g}" if name in row else "" for name in columns) for row in log]
     save_atomically("\n".join(lines) + "\n", path)
     numbers = [f"{name} {value:.5g} " for name, value in log[-1].items()]
-    print(*numbers, f"{minutes_left:.1f} min left", flush=True)
+    try:
+        print(*numbers, f"{minutes_left:.1f} min left", flush=True)
+    except BrokenPipeError:  # Ctrl-C also ends the `tee` behind a pipe, which is no reason not to save
+        sys.stdout = open(os.devnull, "w")
+
+
+def read_log(path, step):
+    """The rows of log.csv up to `step`. Later ones, of a run that outlived its checkpoint, are made again."""
+    with open(path, newline="") as file:
+        rows = [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
+    return [row for row in rows if row["step"] <= step]
 
 
 def summarise(recent, done, model, last):
@@ -951,6 +965,16 @@ def stop(number, when):
     print(f"stopped by {signal.Signals(number).name} {when}; the same command continues from there",
           file=sys.stderr)
     raise SystemExit(128 + number)
+
+
+def lock(folder):
+    """Keep a second run out of a folder until the returned file is closed, or the process ends in any way."""
+    file = open(folder / "lock", "w")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise InputError(f"{folder}: another run is at work there") from None
+    return file
 
 
 def load_teacher(args, device):
@@ -1002,8 +1026,9 @@ def build_run(args, device, teacher):
 
 
 def compile_parts(args, model, teacher):
-    """On CUDA, compile what takes the time, backbone and teacher. The method and the teacher's children,
-    not the modules themselves: compiling a module would put a prefix in front of its parameters' names."""
+    """On CUDA, compile what takes the time: the backbone, and the networks inside the teacher, whose own
+    code around them may look at values. In place: torch.compile(module) would put a prefix in front of
+    parameters' names."""
     if args.device == "cuda" and not args.no_compile:
         model.features = torch.compile(model.features, dynamic=False)
         for network in teacher.children() if teacher else ():
@@ -1034,18 +1059,35 @@ def print_plan(args, data, run, teacher, total_steps):
     sys.stdout.flush()
 
 
+def resume(args, data, run, out):
+    """Load the last checkpoint in `out` into `run`. Returns (its path or None, steps done, best, log)."""
+    first_step, best, log = 0, -1.0, []
+    last = next((out / name for name in ("last.pt", "best.pt") if (out / name).exists()), None)
+    if last:
+        if (out / "best.pt").exists():  # for its score: if a kill came between the two, it is the newer one
+            _, best = restore(out / "best.pt", args, run)
+        first_step, known_best = restore(last, args, run)
+        best = max(best, known_best)
+    if data.rank == 0:
+        if last and last.name == "best.pt":  # there may be no step left that would write the other
+            save_atomically(checkpoint(args, run, first_step, best), out / "last.pt")
+        if (out / "log.csv").exists():
+            if last:
+                log = read_log(out / "log.csv", first_step)
+            else:  # of a run whose checkpoints are gone: set it aside
+                os.replace(out / "log.csv", out / f"log-{time.time_ns()}.csv")
+    if all_reduce(torch.tensor([first_step, -first_step]), dist.ReduceOp.MAX).sum():
+        raise InputError(f"--out {out}: the processes see different checkpoints; expected one folder for all")
+    return last, first_step, best, log
+
+
 def train(args, data, teacher, run, out, total_steps):
     """Train `run`, as from `build_run`, to `total_steps`: from the last checkpoint in `out`, or from scratch.
 
     Raises FloatingPointError where the loss is not finite, and SystemExit, after saving, on a signal.
     """
     model, averaged, projectors, optimizer = run
-    first_step, best, log = 0, -1.0, []
-    last = next((out / name for name in ("last.pt", "best.pt") if (out / name).exists()), None)
-    if last:
-        first_step, best, log = restore(last, args, run)
-    elif data.rank == 0 and (out / "log.csv").exists():  # its checkpoints are gone: set it aside
-        os.replace(out / "log.csv", out / f"log-{time.time_ns()}.csv")
+    last, first_step, best, log = resume(args, data, run, out)
     if data.rank == 0:
         begin = f"continuing {last} after step {first_step} of {total_steps}" if last else "starting"
         print(begin, flush=True)
@@ -1053,6 +1095,8 @@ def train(args, data, teacher, run, out, total_steps):
     epochs = math.ceil(total_steps / data.steps_per_epoch)
     eval_every, save_every = [max(1, round(every * data.steps_per_epoch))
                               for every in (args.eval_every, args.save_every)]
+    # Without an attack in training no robustness grows that one could select by.
+    selected_by = "holdout_robust" if args.eps and args.attack_steps else "holdout_clean"
     recent, since, started = [], time.time(), time.time()
     for step in range(first_step, total_steps):
         # In the first step each forward replaces the running statistics, so they begin as the attacked
@@ -1083,13 +1127,15 @@ def train(args, data, teacher, run, out, total_steps):
                 row["holdout_clean"], row["holdout_robust"] = evaluate(
                     averaged, data.holdout, margin_loss, SELECTION_STEPS, args)
             log.append(row)
-            if evaluating and row["holdout_robust"] >= best:  # ties go to the later one (DM-AT)
-                best = row["holdout_robust"]
-                save_atomically(checkpoint(args, run, done, best, log), out / "best.pt")
-            if saving:  # after best.pt, so that last.pt never knows of a best that is not on disk
-                save_atomically(checkpoint(args, run, done, best, log), out / "last.pt")
+            # First the log, whose rows after a checkpoint are made again, then best.pt, and then last.pt,
+            # which so never knows of a row or of a best that is not on disk.
             minutes = (total_steps - done) * (time.time() - started) / (done - first_step) / 60
             write_log(out / "log.csv", log, minutes)
+            if evaluating and row[selected_by] >= best:  # ties go to the later one (DM-AT)
+                best = row[selected_by]
+                save_atomically(checkpoint(args, run, done, best), out / "best.pt")
+            if saving:
+                save_atomically(checkpoint(args, run, done, best), out / "last.pt")
         last = out / "last.pt" if saving else last
         if stopping and not final:
             barrier()  # all wait until process 0 has saved
@@ -1102,10 +1148,11 @@ def print_table(args, data, out):
     print(f"\nfirst {min(TABLE_IMAGES, len(data.test[1]))} test images, averaged model       "
           f"clean    PGD-{TABLE_STEPS} at {args.eps * 255:g}/255")
     model = build_run(args, data.device, None)[1]
-    model.amp = False
+    model.amp = torch.backends.cudnn.allow_tf32 = False
     for name in ("before training", "best.pt", "last.pt"):
         if name != "before training":
-            model.load_state_dict(torch.load(out / name, weights_only=True)["model_state_dict"])
+            saved = torch.load(out / name, map_location="cpu", weights_only=True)
+            model.load_state_dict(saved["model_state_dict"])
         loss = lambda logits, labels: F.cross_entropy(logits, labels, reduction="sum")
         clean, robust = evaluate(model, data.test, loss, TABLE_STEPS, args, limit=TABLE_IMAGES)
         print(f"  {name:42} {clean:6.2f} %  {robust:6.2f} %", flush=True)
@@ -1119,6 +1166,8 @@ def main(argv=None):
                           for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))]
     device = torch.device("cuda", local) if args.device == "cuda" else torch.device("cpu")
     if args.device == "cuda":
+        if local >= torch.cuda.device_count():
+            raise InputError(f"--device cuda: too few GPUs here for process {local}")
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
         torch.backends.cudnn.allow_tf32 = args.amp  # torch's default allows it, for convolutions
@@ -1139,13 +1188,13 @@ def main(argv=None):
     if args.dry_run:
         return
     out.mkdir(parents=True, exist_ok=True)
-    if rank == 0:
-        lock = open(out / "lock", "w")  # held as long as this process lives, however it ends
-        try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise InputError(f"--out {out}: another run is at work there") from None
-    train(args, data, teacher, run, out, total_steps)
+    held = lock(out) if rank == 0 else None  # until this function returns
+    handlers = {number: signal.signal(number, note_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        train(args, data, teacher, run, out, total_steps)
+    finally:  # outside of training a signal ends the process at once
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     if rank == 0:
         print_table(args, data, out)
     if world > 1:
@@ -1153,8 +1202,6 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, note_signal)
     try:
         main()
     except (InputError, OSError) as problem:

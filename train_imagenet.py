@@ -31,12 +31,13 @@ ConvNeXt-B row (paper: 76.03 / 56.07) differs by the name of the backbone:
         --teacher DIT.pt VAE.pt STATS.pt [--arch convnext_base.dinov3_lvd1689m]
 
 Word for word those of train_cifar.py (a test compares them), so that its tests speak for this file, too:
-InputError, fraction, build_projector, pgd, kl_divergence, trades_loss, dra_loss, one_cycle, averaging_decay,
-update_average, all_reduce, barrier, margin_loss, save_atomically, restore, write_log, summarise, note_signal,
-signalled, stop, compile_parts.
+InputError, fraction, build_projector, pgd, kl_divergence, trades_loss, dra_loss, one_cycle,
+averaging_decay, update_average, all_reduce, barrier, margin_loss, save_atomically, restore, write_log,
+read_log, summarise, note_signal, signalled, stop, lock, compile_parts, resume.
 """
 import argparse
 import copy
+import csv
 import fcntl
 import hashlib
 import json
@@ -73,10 +74,10 @@ from dit_encoder import DiTEncoder, LightningDiT, VAEEncoder, load_dit_encoder
 # is here.
 
 CROP_AREA = (0.08, 1.0)  # share of the image in a random resized crop (chosen: torchvision's default)
-WARMUP = 0.025  # share of the steps with a rising learning rate, and before averaging (inherited)
+WARMUP = 0.025  # share of the steps with a rising learning rate, and before averaging (chosen: DM-AT's)
 RESIZE = 256 / 224  # shorter side over centre crop in evaluations: RobustBench's protocol
-HOLDOUT = 1024  # evenly spaced training images, never trained on, to select best.pt (inherited)
-SELECTION_STEPS = 40  # PGD steps on the margin loss for that selection (inherited)
+HOLDOUT = 1024  # evenly spaced training images, never trained on, to select best.pt (chosen)
+SELECTION_STEPS = 40  # PGD steps on the margin loss for that selection (chosen: DM-AT's)
 PROJECTOR_WIDTH = 2048  # hidden width of h: REPA's, arXiv 2410.06940; the paper states its three layers
 # Two channels of LightningDiT-XL/1 are far too large in every image. They say nothing about any one of
 # them, but would decide every cosine, so they are set to zero (stated).
@@ -126,11 +127,11 @@ def parse_args(argv=None):
     add("--accumulate", type=int, default=1, help="compute each batch in so many pieces, for less memory")
     add("--lr", type=fraction, default=1e-5, help="peak learning rate of Lion (chosen)")
     add("--weight-decay", type=fraction, default=0.5, help="not of vectors (chosen: as for ViT-B/2)")
-    add("--ema-decay", type=fraction, default=0.995, help="tau of the weight averaging (inherited)")
-    add("--label-smoothing", type=fraction, default=0.1, help="in the cross-entropy (inherited)")
-    # Attack. On ImageNet the standard radius is half of CIFAR's, and three steps are enough to cross it. A
-    # larger beta buys robust accuracy with clean accuracy. The steps together reach further than eps, so
-    # that the attack can cross its ball and still correct itself.
+    add("--ema-decay", type=fraction, default=0.995, help="tau of the weight averaging (chosen: DM-AT's)")
+    add("--label-smoothing", type=fraction, default=0.1, help="in the cross-entropy (chosen: DM-AT's)")
+    # Attack. On ImageNet the standard radius is half of CIFAR's, and three steps reach a little further
+    # than that. A larger beta buys robust accuracy with clean accuracy. The steps together reach further
+    # than eps, so that the attack can cross its ball and still correct itself.
     add("--beta", type=fraction, default=5.0, help="weight of TRADES' KL term (chosen: DM-AT's)")
     add("--eps", type=fraction, default="4/255", help="largest change of a pixel in [0,1] (as --image-size)")
     add("--step-size", type=fraction, default="2/255", help="of the attack (chosen)")
@@ -156,7 +157,7 @@ def parse_args(argv=None):
     add("--no-amp", action="store_true",
         help="float32 throughout, without TF32 (CUDA's default: classifier and teacher compute in bfloat16)")
     add("--no-compile", action="store_true", help="no torch.compile (CUDA's default: compiled)")
-    add("--eval-every", type=fraction, default=1, help="epochs between evaluations (inherited)")
+    add("--eval-every", type=fraction, default=1, help="epochs between evaluations (chosen: DM-AT's)")
     add("--save-every", type=fraction, default=1, help="epochs between checkpoints")
     add("--smoke", action="store_true", help="two minutes on a CPU: tiny networks, random teacher")
     add("--dry-run", action="store_true", help="print the plan and stop")
@@ -179,7 +180,8 @@ def finish_args(args, parser):
     for expected, fits, names in (
             ("above 0", lambda x: x > 0, "epochs max_steps accumulate lr step_size eval_every save_every"),
             ("at least 0", lambda x: x >= 0,
-             "attack_steps beta dra_weight weight_decay teacher_layer workers seed"),
+             "attack_steps beta dra_weight weight_decay teacher_layer workers"),
+            ("at least 0 and below 2^63", lambda x: 0 <= x < 2**63, "seed"),
             ("at least 2", lambda x: x >= 2, "batch_size"),
             ("at least 32", lambda x: x >= 32, "image_size"),
             ("above 0, up to 1", lambda x: 0 < x <= 1, "teacher_t"),
@@ -189,7 +191,7 @@ def finish_args(args, parser):
             value = getattr(args, name)
             if value is not None and not fits(value):
                 parser.error(f"--{name.replace('_', '-')} {value}: expected {expected}")
-    if args.synthetic_fraction and not args.synthetic and not args.smoke:
+    if args.synthetic_fraction and not args.synthetic and args.data is not None:
         parser.error("--synthetic-fraction: expected --synthetic DIR with it")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: there is no CUDA device here")
@@ -257,7 +259,8 @@ def build_model(arch, num_classes, pretrained, image_size=None):
     try:
         backbone = timm.create_model(arch, pretrained, num_classes=num_classes, global_pool="avg", **size)
     except Exception as error:  # timm and its hub raise errors of many kinds
-        what, reason = "its pretrained weights" if pretrained else "it", (str(error).splitlines() or [""])[0]
+        what = "its pretrained weights" if pretrained else "it"
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(f"--arch {arch}: timm cannot build {what} ({reason})") from None
     for module in backbone.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -453,7 +456,7 @@ def one_cycle(position, total, peak):
 def build_optimizer(args, *modules):
     """Lion (stated; arXiv 2302.06675, from timm) over all parameters of `modules`. Without weight decay on
     vectors: biases, layer norms, and the factors that scale a block's output (chosen). Decay pulls towards
-    zero, which is a sensible place for a matrix, but not for a factor that starts at one."""
+    zero, which is a sensible place for a matrix, but not for the scale of a layer norm."""
     parameters = [p for module in modules for p in module.parameters()]
     groups = [{"params": [p for p in parameters if p.ndim > 1]},
               {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0}]
@@ -763,6 +766,8 @@ def cache_targets(args, data, teacher):
         weights = hashlib.sha256()
         for tensor in teacher.state_dict().values():
             weights.update(tensor.cpu().contiguous().numpy())
+        path.mkdir(parents=True, exist_ok=True)
+        held = lock(path)
         prepare_cache(path, {
             "images": [folder.digest(sizes=True) for folder in data.folders], "count": count,
             "width": teacher.width, "teacher": weights.hexdigest()[:16], "layer": args.teacher_layer,
@@ -821,9 +826,8 @@ def prepare_cache(path, made_from):
         if difference:
             raise InputError(f"--cache-targets {path}: was made from something else "
                              f"({'; '.join(difference)}); choose another folder")
-    elif path.exists() and (not path.is_dir() or any(path.iterdir())):
+    elif {item.name for item in path.iterdir()} - {"lock", "targets.json.tmp"}:
         raise InputError(f"--cache-targets {path}: holds something else, expected a new or empty folder")
-    path.mkdir(parents=True, exist_ok=True)
     save_atomically(json.dumps(made_from, indent=1), description)
     if not (path / "done.npy").exists():  # made last: without it nothing has been computed yet
         np.lib.format.open_memmap(path / "targets.npy", "w+", np.float16, shape)
@@ -906,7 +910,7 @@ def save_atomically(content, path):
         temporary.unlink(missing_ok=True)
 
 
-def checkpoint(args, run, step, best, log):
+def checkpoint(args, run, step, best):
     """All that a run needs to continue after `step` steps, and all that a user of the weights needs, as
     tensors and plain types. model_state_dict (averaged, the weights to use) and unaveraged_model_state_dict
     are DM-AT's keys, state_dict (averaged) is RobustBench's."""
@@ -914,7 +918,7 @@ def checkpoint(args, run, step, best, log):
     weights = averaged.state_dict()
     return {"model_state_dict": weights, "state_dict": weights,
             "unaveraged_model_state_dict": model.state_dict(), "projector": projectors.state_dict(),
-            "optimizer": optimizer.state_dict(), "step": step, "best": best, "log": log, "args": vars(args),
+            "optimizer": optimizer.state_dict(), "step": step, "best": best, "args": vars(args),
             "arch": args.arch, "dataset": "imagenet", "num_classes": averaged.backbone.num_classes,
             "classes": args.classes, "mean": averaged.mean.flatten().tolist(),
             "std": averaged.std.flatten().tolist()}
@@ -927,7 +931,7 @@ MAY_DIFFER = {"data", "synthetic", "cache_targets", "workers", "accumulate", "ou
 
 
 def restore(path, args, run):
-    """Load a checkpoint of the same settings into `run`; returns (step, best, log). Raises InputError where
+    """Load a checkpoint of the same settings into `run`; returns (step, best). Raises InputError where
     it is damaged or of another run. With weights_only a file is data: nothing in it gets to run."""
     model, averaged, projectors, optimizer = run
     try:
@@ -940,7 +944,7 @@ def restore(path, args, run):
             averaged.load_state_dict(saved["model_state_dict"])
             projectors.load_state_dict(saved["projector"])
             optimizer.load_state_dict(saved["optimizer"])
-            return int(saved["step"]), float(saved["best"]), list(saved["log"])
+            return int(saved["step"]), float(saved["best"])
     except Exception as error:
         raise InputError(f"{path}: damaged, or no checkpoint of this script ({type(error).__name__}); "
                          "move it away to start without it") from None
@@ -949,14 +953,23 @@ def restore(path, args, run):
 
 
 def write_log(path, log, minutes_left):
-    """All rows so far -> log.csv, and the last one to the terminal. Rows are kept in the checkpoint, too,
-    so a continued run has each of them once."""
+    """All rows so far -> log.csv, and the last one to the terminal."""
     columns = list(dict.fromkeys(name for row in log for name in row))
     lines = [",".join(columns)]
     lines += [",".join(f"{row[name]:.6g}" if name in row else "" for name in columns) for row in log]
     save_atomically("\n".join(lines) + "\n", path)
     numbers = [f"{name} {value:.5g} " for name, value in log[-1].items()]
-    print(*numbers, f"{minutes_left:.1f} min left", flush=True)
+    try:
+        print(*numbers, f"{minutes_left:.1f} min left", flush=True)
+    except BrokenPipeError:  # Ctrl-C also ends the `tee` behind a pipe, which is no reason not to save
+        sys.stdout = open(os.devnull, "w")
+
+
+def read_log(path, step):
+    """The rows of log.csv up to `step`. Later ones, of a run that outlived its checkpoint, are made again."""
+    with open(path, newline="") as file:
+        rows = [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
+    return [row for row in rows if row["step"] <= step]
 
 
 def summarise(recent, done, model, last):
@@ -1003,12 +1016,23 @@ def stop(number, when):
     raise SystemExit(128 + number)
 
 
+def lock(folder):
+    """Keep a second run out of a folder until the returned file is closed, or the process ends in any way."""
+    file = open(folder / "lock", "w")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise InputError(f"{folder}: another run is at work there") from None
+    return file
+
+
 def load_teacher(args, data):
     """The frozen diffusion encoder g, or None without alignment. Raises InputError where it does not fit.
 
-    To align with another teacher, return it here: a module with `width`, `latent_shape` (of its noise),
-    `image_size`, `num_classes` and `mean` (any tensor on its device), called as teacher(images in [0, 1],
-    labels or None, t, noise), that gives features [B, width].
+    To align with another teacher, return it here: a frozen module in evaluation mode, on the device, with
+    `width`, `layer` (a name), `latent_shape` (of its noise), `image_size`, `num_classes` and `mean` (any
+    tensor on its device), called as teacher(images in [0, 1], labels or None, t, noise) and giving features
+    [B, width].
     """
     if args.dra_weight == 0:
         return None
@@ -1044,7 +1068,7 @@ def build_run(args, data, teacher, pretrained=False):
             model.head(features)
         width = features.shape[1]
     except Exception as error:  # timm's models fail in many ways
-        reason = str(error).splitlines()[0]
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(f"--image-size {args.image_size}: {args.arch} does not take it ({reason})") from None
     projectors = nn.ModuleList([build_projector(width, teacher.width)] if teacher else []).to(data.device)
     model.to(data.device, memory_format=torch.channels_last)  # the faster layout for convolutions
@@ -1056,8 +1080,9 @@ def build_run(args, data, teacher, pretrained=False):
 
 
 def compile_parts(args, model, teacher):
-    """On CUDA, compile what takes the time, backbone and teacher. The method and the teacher's children,
-    not the modules themselves: compiling a module would put a prefix in front of its parameters' names."""
+    """On CUDA, compile what takes the time: the backbone, and the networks inside the teacher, whose own
+    code around them may look at values. In place: torch.compile(module) would put a prefix in front of
+    parameters' names."""
     if args.device == "cuda" and not args.no_compile:
         model.features = torch.compile(model.features, dynamic=False)
         for network in teacher.children() if teacher else ():
@@ -1088,27 +1113,47 @@ def print_plan(args, data, run, teacher, total_steps):
     sys.stdout.flush()
 
 
+def resume(args, data, run, out):
+    """Load the last checkpoint in `out` into `run`. Returns (its path or None, steps done, best, log)."""
+    first_step, best, log = 0, -1.0, []
+    last = next((out / name for name in ("last.pt", "best.pt") if (out / name).exists()), None)
+    if last:
+        if (out / "best.pt").exists():  # for its score: if a kill came between the two, it is the newer one
+            _, best = restore(out / "best.pt", args, run)
+        first_step, known_best = restore(last, args, run)
+        best = max(best, known_best)
+    if data.rank == 0:
+        if last and last.name == "best.pt":  # there may be no step left that would write the other
+            save_atomically(checkpoint(args, run, first_step, best), out / "last.pt")
+        if (out / "log.csv").exists():
+            if last:
+                log = read_log(out / "log.csv", first_step)
+            else:  # of a run whose checkpoints are gone: set it aside
+                os.replace(out / "log.csv", out / f"log-{time.time_ns()}.csv")
+    if all_reduce(torch.tensor([first_step, -first_step]), dist.ReduceOp.MAX).sum():
+        raise InputError(f"--out {out}: the processes see different checkpoints; expected one folder for all")
+    return last, first_step, best, log
+
+
 def train(args, data, teacher, run, out, total_steps):
     """Train `run`, as from `build_run`, to `total_steps`: from the last checkpoint in `out`, or from scratch.
 
     Raises FloatingPointError where the loss is not finite, and SystemExit, after saving, on a signal.
     """
     model, averaged, projectors, optimizer = run
-    first_step, best, log = 0, -1.0, []
-    last = next((out / name for name in ("last.pt", "best.pt") if (out / name).exists()), None)
-    if last:
-        first_step, best, log = restore(last, args, run)
-    elif data.rank == 0 and (out / "log.csv").exists():  # its checkpoints are gone: set it aside
-        os.replace(out / "log.csv", out / f"log-{time.time_ns()}.csv")
+    last, first_step, best, log = resume(args, data, run, out)
     if args.cache_targets:
         cache_targets(args, data, teacher)
-        teacher = None  # it has done its part
+        teacher.cpu()  # it has done its part, and its memory is needed
+        teacher = None
     if data.rank == 0:
         begin = f"continuing {last} after step {first_step} of {total_steps}" if last else "starting"
         print(begin, flush=True)
 
     eval_every, save_every = [max(1, round(every * data.steps_per_epoch))
                               for every in (args.eval_every, args.save_every)]
+    # Without an attack in training no robustness grows that one could select by.
+    selected_by = "holdout_robust" if args.eps and args.attack_steps else "holdout_clean"
     compile_parts(args, model, teacher)
     compile_parts(args, averaged, None)
     loader = data.load(first_step, total_steps)
@@ -1136,13 +1181,15 @@ def train(args, data, teacher, run, out, total_steps):
                 row["holdout_clean"], row["holdout_robust"] = evaluate(
                     averaged, data.holdout, margin_loss, SELECTION_STEPS, args)
             log.append(row)
-            if evaluating and row["holdout_robust"] >= best:  # ties go to the later one (DM-AT)
-                best = row["holdout_robust"]
-                save_atomically(checkpoint(args, run, done, best, log), out / "best.pt")
-            if saving:  # after best.pt, so that last.pt never knows of a best that is not on disk
-                save_atomically(checkpoint(args, run, done, best, log), out / "last.pt")
+            # First the log, whose rows after a checkpoint are made again, then best.pt, and then last.pt,
+            # which so never knows of a row or of a best that is not on disk.
             minutes = (total_steps - done) * (time.time() - started) / (done - first_step) / 60
             write_log(out / "log.csv", log, minutes)
+            if evaluating and row[selected_by] >= best:  # ties go to the later one (DM-AT)
+                best = row[selected_by]
+                save_atomically(checkpoint(args, run, done, best), out / "best.pt")
+            if saving:
+                save_atomically(checkpoint(args, run, done, best), out / "last.pt")
         last = out / "last.pt" if saving else last
         if stopping and not final:
             barrier()  # all wait until process 0 has saved
@@ -1155,10 +1202,11 @@ def print_table(args, data, out):
     print(f"\n{len(data.test)} validation images, averaged model                "
           f"clean    PGD-{TABLE_STEPS} at {args.eps * 255:g}/255")
     model = build_run(args, data, None)[1]
-    model.amp = False
+    model.amp = torch.backends.cudnn.allow_tf32 = False
     for name in ["before training"] * args.no_pretrained + ["best.pt", "last.pt"]:
         if name != "before training":
-            model.load_state_dict(torch.load(out / name, weights_only=True)["model_state_dict"])
+            saved = torch.load(out / name, map_location="cpu", weights_only=True)
+            model.load_state_dict(saved["model_state_dict"])
         loss = lambda logits, labels: F.cross_entropy(logits, labels, reduction="sum")
         clean, robust = evaluate(model, data.test, loss, TABLE_STEPS, args)
         print(f"  {name:42} {clean:6.2f} %  {robust:6.2f} %", flush=True)
@@ -1186,13 +1234,13 @@ def run_once(args, device, rank, world, local):
     if args.dry_run:
         return
     out.mkdir(parents=True, exist_ok=True)
-    if rank == 0:
-        lock = open(out / "lock", "w")  # held as long as this function runs, however it ends
-        try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise InputError(f"--out {out}: another run is at work there") from None
-    train(args, data, teacher, run, out, total_steps)
+    held = lock(out) if rank == 0 else None  # until this function returns
+    handlers = {number: signal.signal(number, note_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        train(args, data, teacher, run, out, total_steps)
+    finally:  # outside of training a signal ends the process at once
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     if rank == 0:
         print_table(args, data, out)
 
@@ -1204,6 +1252,8 @@ def main(argv=None):
                           for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))]
     device = torch.device("cuda", local) if args.device == "cuda" else torch.device("cpu")
     if args.device == "cuda":
+        if local >= torch.cuda.device_count():
+            raise InputError(f"--device cuda: too few GPUs here for process {local}")
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
         torch.backends.cudnn.allow_tf32 = args.amp  # torch's default allows it, for convolutions
@@ -1215,7 +1265,7 @@ def main(argv=None):
         args.synthetic = args.synthetic or os.path.join(args.data, "synthetic")
         if local == 0:
             draw_smoke_folders(Path(args.data), args.seed)
-    if args.arch:
+    if args.arch is not None:
         run_once(args, device, rank, world, local)
     else:  # the smoke run: both kinds of backbone, targets computed in each step and cached ones
         cache = args.cache_targets or (os.path.join(args.out, "targets") if args.dra_weight else None)
@@ -1228,8 +1278,6 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, note_signal)
     try:
         main()
     except (InputError, OSError) as problem:

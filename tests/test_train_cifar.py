@@ -74,6 +74,42 @@ def test_without_last_pt_a_run_continues_from_best_pt(finished, tmp_path):
     assert_same(tmp_path / "last.pt", finished / "last.pt")
 
 
+def test_a_better_best_pt_than_last_pt_knows_is_kept(finished, tmp_path):
+    """As after a kill between the two writes, where repeating the steps (on CUDA) does not reach the same score."""
+    early = torch.load(finished / "last.pt", weights_only=True) | {"step": 6, "best": -1.0}
+    torch.save(early, tmp_path / "last.pt")
+    torch.save(torch.load(finished / "best.pt", weights_only=True) | {"best": 100.0}, tmp_path / "best.pt")
+    before = (tmp_path / "best.pt").read_bytes()
+    main([*EIGHT_STEPS, "--out", str(tmp_path)])
+    assert (tmp_path / "best.pt").read_bytes() == before and torch.load(tmp_path / "last.pt", weights_only=True)["best"] == 100.0
+
+
+def test_a_final_best_pt_alone_becomes_last_pt(finished, tmp_path):
+    """As after a kill between the two writes of the last step: nothing is left to train, and the table still comes."""
+    torch.save(torch.load(finished / "last.pt", weights_only=True), tmp_path / "best.pt")
+    main([*EIGHT_STEPS, "--out", str(tmp_path)])
+    assert_same(tmp_path / "last.pt", finished / "last.pt")
+
+
+def test_without_an_attack_the_clean_accuracy_selects(tmp_path, monkeypatch):
+    """Plain training makes nothing robust: the first evaluation, of a network that knows nothing yet, would win."""
+    scores = iter([(60.0, 10.0), (90.0, 0.0), (90.0, 0.0)])
+    monkeypatch.setattr(train_cifar, "evaluate", lambda *_, **__: next(scores, (0.0, 0.0)))
+    main([*EIGHT_STEPS, "--attack-steps", "0", "--out", str(tmp_path)])
+    assert torch.load(tmp_path / "best.pt", weights_only=True)["best"] == 90
+
+
+def test_torchvisions_own_arrays_are_taken(monkeypatch, tmp_path):
+    """CIFAR as torchvision gives it: a transposed view, and labels in a list."""
+    class Downloaded:
+        def __init__(self, root, train, download):
+            images, labels = train_cifar.draw_smoke_images(60, seed=int(train))
+            self.data, self.targets = np.ascontiguousarray(images.transpose(0, 3, 1, 2)).transpose(0, 2, 3, 1), labels.tolist()
+    monkeypatch.setattr(train_cifar.torchvision.datasets, "CIFAR10", Downloaded)
+    data = train_cifar.Data(parse_args(["--device", "cpu", "--batch-size", "20", "--data-dir", str(tmp_path)]), torch.device("cpu"))
+    assert np.array_equal(data.test[0], train_cifar.draw_smoke_images(60, seed=0)[0]) and data.batch(0).images.shape == (20, 3, 32, 32)
+
+
 def test_other_images_under_the_same_name_are_refused_and_a_moved_file_is_not(tmp_path):
     """The images themselves are compared, by a checksum, and not where they lie."""
     def write(folder, seed):
@@ -93,7 +129,7 @@ def test_other_images_under_the_same_name_are_refused_and_a_moved_file_is_not(tm
 
 def test_of_equally_good_evaluations_the_later_one_stays(tmp_path, monkeypatch):
     monkeypatch.setattr(train_cifar, "evaluate", lambda *_, **__: (60.0, 30.0))
-    main([*EIGHT_STEPS, "--attack-steps", "0", "--out", str(tmp_path)])
+    main([*EIGHT_STEPS, "--out", str(tmp_path)])
     assert torch.load(tmp_path / "best.pt", weights_only=True)["step"] == 8, "and not 4"
 
 
