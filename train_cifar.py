@@ -99,6 +99,7 @@ PROJECTOR_WIDTH = 2048  # hidden width of h: REPA's, arXiv 2410.06940; the paper
 EXTRA_LOG_SIGMA = (-1.2, 1.2)  # mean and deviation of ln(sigma): EDM's own in training (stated)
 TABLE_STEPS, TABLE_IMAGES = 10, 1024  # PGD for the closing table (chosen): a quick look, no result
 LOG_EVERY = 50  # steps between rows of log.csv
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SMOKE = {"arch": "wrn-10-1", "epochs": 6, "batch_size": 64, "lr": 0.1, "eval_every": 3, "out": "runs/smoke",
          "device": "cpu"}  # other defaults for --smoke: a minute on two cores
 
@@ -122,8 +123,7 @@ def parse_args(argv=None):
     add = parser.add_argument
     # Data. Robustness keeps improving with far more images than the real ones.
     add("--dataset", choices=list(DATASETS), default="cifar10", help="sets classes, normalisation, teacher")
-    add("--data-dir", default="data",
-        help="has train.npz, test.npz (image uint8 [N,32,32,3], label int [N]), or CIFAR is downloaded there")
+    add("--data-dir", default="data", help="train.npz and test.npz (see `open_npz`), else downloaded")
     add("--synthetic", nargs="+", default=[], metavar="FILE", help="DM-AT's .npz files, any number of parts")
     add("--synthetic-fraction", type=fraction,
         help="synthetic share of each batch (0.7: inherited; above a million images 0.8: arXiv 2404.09349)")
@@ -154,13 +154,11 @@ def parse_args(argv=None):
         help="noise level for the teacher, images in [-1,1] (chosen: best linear probe in arXiv 2303.09769)")
     add("--teacher-layer", default="dec.8x8_in1", help="UNet block to align with (stated: the bottleneck)")
     add("--teacher-unconditional", action="store_true", help="do not tell the teacher the label")
-    add("--extra-sigma", action="store_true",
-        help="a second target at a random noise level (stated for more than a million synthetic images)")
+    add("--extra-sigma", action="store_true", help="a second target, at a random noise level (see README.md)")
     # Running. Only backbone and teacher compute in bfloat16; logits, projector and losses stay in float32.
     add("--out", default="runs/cifar", help="folder for last.pt, best.pt and log.csv")
     add("--seed", type=int, default=0, help="of every random draw")
-    add("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu",
-        help="where to run")
+    add("--device", choices=["cuda", "cpu"], default=DEVICE, help="where to run")
     add("--no-amp", action="store_true",
         help="float32 throughout, without TF32 (CUDA's default: classifier and teacher compute in bfloat16)")
     add("--no-compile", action="store_true", help="no torch.compile (CUDA's default: compiled)")

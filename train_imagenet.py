@@ -86,6 +86,7 @@ TEACHER_HEADS, TEACHER_SIZE = 16, 256  # attention heads and image size of Light
 CACHE_CHUNK, CACHE_BATCH = 256, 64  # images whose cached targets are written, and computed, together
 TABLE_STEPS, TABLE_IMAGES = 10, 1024  # PGD for the closing table (chosen): a quick look, no result
 LOG_EVERY = 50  # steps between rows of log.csv
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SMOKE = {"data": None, "arch": None, "no_pretrained": True, "image_size": 96, "epochs": 6, "batch_size": 32,
          "lr": 2e-3, "weight_decay": 0.01, "eval_every": 3, "teacher_layer": 1, "workers": 2,
          "out": "runs/imagenet-smoke", "device": "cpu"}  # other defaults for --smoke: two minutes, two cores
@@ -118,8 +119,7 @@ def parse_args(argv=None):
     # Model and optimisation. Lion moves every weight by the learning rate, up or down, however small its
     # gradient: hence a rate far below SGD's, and a decay far above. The average of the weights over the
     # last steps is usually more robust than any one of them, and it is what gets evaluated and used.
-    add("--arch", default="vit_base_patch16_dinov3.lvd1689m",
-        help="a timm model without batch norm, such as convnext_base.dinov3_lvd1689m (stated)")
+    add("--arch", default="vit_base_patch16_dinov3.lvd1689m", help="a timm model without batch norm (stated)")
     add("--no-pretrained", action="store_true", help="start from random weights")
     add("--epochs", type=int, default=100, help="of ceil(real images / batch size) steps (stated)")
     add("--max-steps", type=int, help="number of steps, in place of --epochs")
@@ -147,13 +147,11 @@ def parse_args(argv=None):
     add("--teacher-layer", type=int, default=14, help="block whose input is the target (stated)")
     add("--teacher-unconditional", action="store_true", help="do not tell the teacher the label")
     add("--cache-targets", metavar="DIR",
-        help="compute targets once, of centre crops and their mirror images, and keep them there; the "
-             "default, as in the paper, is in each step, of the augmented images")
+        help="compute targets once (see `cache_targets`); default: in each step (as in the paper)")
     # Running. Only backbone and teacher compute in bfloat16; logits, projector and losses stay in float32.
     add("--out", default="runs/imagenet", help="folder for last.pt, best.pt and log.csv")
     add("--seed", type=int, default=0, help="of every random draw")
-    add("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu",
-        help="where to run")
+    add("--device", choices=["cuda", "cpu"], default=DEVICE, help="where to run")
     add("--no-amp", action="store_true",
         help="float32 throughout, without TF32 (CUDA's default: classifier and teacher compute in bfloat16)")
     add("--no-compile", action="store_true", help="no torch.compile (CUDA's default: compiled)")
@@ -559,7 +557,8 @@ class Folder:
 
 
 def open_folder(path, classes):
-    """A Folder with exactly these classes. Raises InputError where it has others."""
+    """A Folder with exactly these classes. Raises InputError where it has others: labels are positions in
+    the list of class folders, so one folder more or less would shift all labels after it."""
     folder = Folder(path)
     if folder.classes != classes:
         different = sorted(set(folder.classes) ^ set(classes))
@@ -574,7 +573,8 @@ def locate(folders, index):
 
 
 def to_pixels(image):
-    """PIL image -> uint8 [3, H, W]"""
+    """PIL image -> uint8 [3, H, W]. As bytes, images go from process to process, and to the GPU, at a
+    quarter of the size that they have as float32."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
@@ -732,6 +732,9 @@ class Data:
         """All that `train_step` needs for one step. loaded: its images, labels and cached targets as from
         `load`.
 
+        The attack's start and the teacher's noise are drawn here, on the device: they are as large as the
+        images, and a GPU draws them in no time.
+
         Returns images [B, 3, H, W] in [0, 1], labels [B], start: the attack's first point, and target [B,
         width] or, where latent_shape says that there is a teacher to ask, teacher_noise [B, *latent_shape];
         None for what is not needed.
@@ -797,7 +800,11 @@ def cache_targets(args, data, teacher):
 
 @torch.no_grad()
 def both_views(args, teacher, images, labels, numbers):
-    """The teacher's features of images uint8 [n, 3, H, W] and their mirror images: float16 [n, 2, width]."""
+    """The teacher's features of images uint8 [n, 3, H, W] and their mirror images: float16 [n, 2, width].
+
+    Both, since training flips half of its images, and a mirrored image should not have to predict features
+    of the original. float16 is exact to three digits, which a cosine of 1152 numbers does not notice.
+    """
     shape, device = (2, *teacher.latent_shape), teacher.mean.device
     noise = [torch.randn(shape, generator=generator(args.seed, int(number), "cache")) for number in numbers]
     noise = torch.stack(noise).to(device)  # [n, 2, *latent_shape], a function of the image's number
@@ -842,8 +849,8 @@ def prepare_cache(path, made_from):
 
 
 def write_rows(path, first, rows):
-    """Write rows into an .npy file from row `first` on, through to the disk. Not through a memory map: with
-    a full disk that would end the process without a word."""
+    """Write rows into an .npy file from row `first` on, through to the disk, before they are marked as
+    done. Not through a memory map: with a full disk that would end the process without a word."""
     array = np.load(path, mmap_mode="r")
     try:
         with open(path, "r+b") as file:

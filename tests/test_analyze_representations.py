@@ -264,9 +264,8 @@ def runs(tmp_path_factory):
         for parameter in run[1].parameters():
             parameter.data += 0.05 * normal(*parameter.shape, seed=len(name))
         train_cifar.save_atomically(train_cifar.checkpoint(args, run, 34, 33.0), folder / name / "best.pt")
-        train_cifar.start_log(folder / name / "log.csv", 0)
-        for row in rows:
-            train_cifar.write_log(folder / name / "log.csv", row | {"cosine": 0.9} if name == "dra" else row)
+        aligned = {"cosine": 0.9} if name == "dra" else {}
+        train_cifar.write_log(folder / name / "log.csv", [row | aligned for row in rows], 0)
     return folder
 
 
