@@ -635,8 +635,8 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    # Both stop at once, with the usual exit codes 143 and 130. What is finished is on the disk. (Not by sys.exit,
-    # whose exception would come up inside whatever is at work, which may catch it or turn it into another.)
+    # Both stop at once, with the usual exit codes 143 and 130. What is finished is on the disk. (Not by
+    # sys.exit: its exception would come up inside whatever is at work, which may turn it into another.)
     for stop in (signal.SIGTERM, signal.SIGINT):
         signal.signal(stop, lambda number, frame: os._exit(128 + number))
     try:
