@@ -88,7 +88,7 @@ TABLE_STEPS, TABLE_IMAGES = 10, 1024  # PGD for the closing table (chosen): a qu
 LOG_EVERY = 50  # steps between rows of log.csv
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SMOKE = {"data": None, "arch": None, "no_pretrained": True, "image_size": 96, "epochs": 6, "batch_size": 32,
-         "lr": 2e-3, "weight_decay": 0.01, "eval_every": 3, "teacher_layer": 1, "workers": 2,
+         "lr": 4e-3, "weight_decay": 0.01, "eval_every": 3, "teacher_layer": 1, "workers": 2,
          "out": "runs/imagenet-smoke", "device": "cpu"}  # other defaults for --smoke: two minutes, two cores
 
 
