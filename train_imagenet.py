@@ -568,7 +568,10 @@ def open_folder(path, classes):
 
 
 def locate(folders, index):
-    """Image `index`, counted through real and then synthetic images -> (its Folder, its number there)."""
+    """Image `index`, counted through real and then synthetic images -> (its Folder, its number there).
+
+    One numbering for both, as in the batches, in the cache of targets, and in train_cifar.py's `parts`.
+    """
     return (folders[0], index) if index < len(folders[0]) else (folders[1], index - len(folders[0]))
 
 
@@ -655,7 +658,12 @@ def draw_smoke_folders(path, seed, train_count=40):
 
 
 class Data:
-    """Real and synthetic training images, held-out and validation images, and the batches drawn from them."""
+    """Real and synthetic training images, held-out and validation images, and the batches drawn from them.
+
+    Held-out images are spread evenly over the sorted files, so that all classes are among them; on CIFAR,
+    whose images come shuffled, the first ones do. The validation images are never looked at in training:
+    `test` is a spread of them for the closing table.
+    """
 
     def __init__(self, args, device, rank=0, world=1):
         self.args, self.device, self.rank, self.world = args, device, rank, world
@@ -1205,7 +1213,10 @@ def train(args, data, teacher, run, out, total_steps):
 
 
 def print_table(args, data, out):
-    """Clean and PGD accuracy on validation images in float32, before and after: a quick look, no result."""
+    """Clean and PGD accuracy on validation images in float32, before and after: a quick look, no result.
+
+    Pretrained weights have a new, random last layer, so "before" would say nothing about them.
+    """
     print(f"\n{len(data.test)} validation images, averaged model                "
           f"clean    PGD-{TABLE_STEPS} at {args.eps * 255:g}/255")
     model = build_run(args, data, None)[1]
