@@ -40,6 +40,7 @@ generator's state, a continued run sees the same batches and noise as an undistu
 processes can draw the same batch and take their shares.
 """
 import argparse
+import contextlib
 import copy
 import csv
 import fcntl
@@ -70,7 +71,7 @@ from edm_encoder import EDMEncoder, load_edm_encoder
 
 # -----------------------------------------------------------------------------------------------------------
 # Settings. Each number says where it comes from. "stated": in the paper, or in what it refers to.
-# "inherited": # from DM-AT, whose setup the paper says it follows (chosen, strictly, in the row without
+# "inherited": from DM-AT, whose setup the paper says it follows (strictly, chosen in the row without
 # synthetic images, which DM-AT does not have). "chosen": by us, where the paper leaves it open. What one
 # changes to reproduce a row of the paper is a flag in `parse_args`; the rest of the recipe is here.
 
@@ -916,9 +917,13 @@ def write_log(path, log, minutes_left):
 
 def read_log(path, step):
     """The rows of log.csv up to `step`. Later ones, of a run that outlived its checkpoint, are made again."""
-    with open(path, newline="") as file:
-        rows = [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
-    return [row for row in rows if row["step"] <= step]
+    try:
+        with open(path, newline="") as file:
+            rows = [{name: float(value) for name, value in row.items() if value}
+                    for row in csv.DictReader(file)]
+        return [row for row in rows if row["step"] <= step]
+    except (KeyError, TypeError, ValueError, csv.Error):
+        raise InputError(f"{path}: damaged, or no log of this script; move it away") from None
 
 
 def summarise(recent, done, model, last):
@@ -960,8 +965,9 @@ def signalled():
 
 def stop(number, when):
     """End with the exit code that is usual for a signal, 128 + its number."""
-    print(f"stopped by {signal.Signals(number).name} {when}; the same command continues from there",
-          file=sys.stderr)
+    with contextlib.suppress(BrokenPipeError):  # as in `write_log`
+        print(f"stopped by {signal.Signals(number).name} {when}; the same command continues from there",
+              file=sys.stderr)
     raise SystemExit(128 + number)
 
 
@@ -1125,8 +1131,8 @@ def train(args, data, teacher, run, out, total_steps):
                 row["holdout_clean"], row["holdout_robust"] = evaluate(
                     averaged, data.holdout, margin_loss, SELECTION_STEPS, args)
             log.append(row)
-            # First the log, whose rows after a checkpoint are made again, then best.pt, and then last.pt,
-            # which so never knows of a row or of a best that is not on disk.
+            # In this order a kill in between loses neither a row nor the best weights: a continued run makes
+            # the rows after last.pt again, and looks into best.pt for its score.
             minutes = (total_steps - done) * (time.time() - started) / (done - first_step) / 60
             write_log(out / "log.csv", log, minutes)
             if evaluating and row[selected_by] >= best:  # ties go to the later one (DM-AT)

@@ -36,6 +36,7 @@ averaging_decay, update_average, all_reduce, barrier, margin_loss, save_atomical
 read_log, summarise, note_signal, signalled, stop, lock, compile_parts, resume.
 """
 import argparse
+import contextlib
 import copy
 import csv
 import fcntl
@@ -130,8 +131,7 @@ def parse_args(argv=None):
     add("--ema-decay", type=fraction, default=0.995, help="tau of the weight averaging (chosen: DM-AT's)")
     add("--label-smoothing", type=fraction, default=0.1, help="in the cross-entropy (chosen: DM-AT's)")
     # Attack. On ImageNet the standard radius is half of CIFAR's, and three steps reach a little further
-    # than that. A larger beta buys robust accuracy with clean accuracy. The steps together reach further
-    # than eps, so that the attack can cross its ball and still correct itself.
+    # than that. A larger beta buys robust accuracy with clean accuracy.
     add("--beta", type=fraction, default=5.0, help="weight of TRADES' KL term (chosen: DM-AT's)")
     add("--eps", type=fraction, default="4/255", help="largest change of a pixel in [0,1] (as --image-size)")
     add("--step-size", type=fraction, default="2/255", help="of the attack (chosen)")
@@ -982,9 +982,13 @@ def write_log(path, log, minutes_left):
 
 def read_log(path, step):
     """The rows of log.csv up to `step`. Later ones, of a run that outlived its checkpoint, are made again."""
-    with open(path, newline="") as file:
-        rows = [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
-    return [row for row in rows if row["step"] <= step]
+    try:
+        with open(path, newline="") as file:
+            rows = [{name: float(value) for name, value in row.items() if value}
+                    for row in csv.DictReader(file)]
+        return [row for row in rows if row["step"] <= step]
+    except (KeyError, TypeError, ValueError, csv.Error):
+        raise InputError(f"{path}: damaged, or no log of this script; move it away") from None
 
 
 def summarise(recent, done, model, last):
@@ -1026,8 +1030,9 @@ def signalled():
 
 def stop(number, when):
     """End with the exit code that is usual for a signal, 128 + its number."""
-    print(f"stopped by {signal.Signals(number).name} {when}; the same command continues from there",
-          file=sys.stderr)
+    with contextlib.suppress(BrokenPipeError):  # as in `write_log`
+        print(f"stopped by {signal.Signals(number).name} {when}; the same command continues from there",
+              file=sys.stderr)
     raise SystemExit(128 + number)
 
 
@@ -1196,8 +1201,8 @@ def train(args, data, teacher, run, out, total_steps):
                 row["holdout_clean"], row["holdout_robust"] = evaluate(
                     averaged, data.holdout, margin_loss, SELECTION_STEPS, args)
             log.append(row)
-            # First the log, whose rows after a checkpoint are made again, then best.pt, and then last.pt,
-            # which so never knows of a row or of a best that is not on disk.
+            # In this order a kill in between loses neither a row nor the best weights: a continued run makes
+            # the rows after last.pt again, and looks into best.pt for its score.
             minutes = (total_steps - done) * (time.time() - started) / (done - first_step) / 60
             write_log(out / "log.csv", log, minutes)
             if evaluating and row[selected_by] >= best:  # ties go to the later one (DM-AT)

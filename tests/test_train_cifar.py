@@ -155,6 +155,15 @@ def test_a_damaged_or_hostile_checkpoint_is_named_and_left_alone(finished, tmp_p
         assert "\n" not in str(caught.value) and (tmp_path / "last.pt").read_bytes() == content and not (tmp_path / "was_run").exists()
 
 
+def test_a_damaged_log_is_named_and_left_alone(finished, tmp_path):
+    (tmp_path / "last.pt").write_bytes((finished / "last.pt").read_bytes())
+    for content in ("step,loss\n2,nonsense\n", "loss\n0.5\n"):
+        (tmp_path / "log.csv").write_text(content)
+        with pytest.raises(InputError, match=r"log\.csv: damaged, or no log"):
+            main([*EIGHT_STEPS, "--out", str(tmp_path)])
+        assert (tmp_path / "log.csv").read_text() == content
+
+
 def test_a_failing_write_leaves_the_old_checkpoint(tmp_path):
     path = tmp_path / "last.pt"
     save_atomically({"step": 1}, path)
