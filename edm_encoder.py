@@ -44,7 +44,7 @@ from torch import nn
 
 
 class Conv2d(nn.Module):
-    """Convolution with zero padding; `down` halves height and width as well, `up` doubles them (EDM's Conv2d).
+    """Convolution with zero padding; `down` also halves height and width, `up` doubles them (EDM's Conv2d).
 
     Dropping every second pixel would turn fine stripes into false coarse ones (aliasing), so each channel is
     blurred first. resample_filter holds the blur's 1-D taps: [1, 1], the mean of 2 x 2 pixels, in DDPM++ and
@@ -81,8 +81,8 @@ class Conv2d(nn.Module):
         return F.conv2d(x, blur, groups=x.shape[1], stride=2, padding=padding)
 
     def double_and_blur(self, x):
-        """x [B, C, H, W] -> twice the height and width. Only a quarter of the new pixels come from an old one,
-        the others from zeros in between, hence the 4. With [1, 1] each pixel becomes 2 x 2 equal ones."""
+        """x [B, C, H, W] -> twice the height and width: zeros between the pixels, then the blur, times 4 as
+        only a quarter of the pixels are not zero. With [1, 1] each pixel becomes 2 x 2 equal ones."""
         blur = 4 * self.resample_filter.to(x.dtype).expand(x.shape[1], 1, -1, -1)
         padding = (blur.shape[-1] - 1) // 2
         return F.conv_transpose2d(x, blur, groups=x.shape[1], stride=2, padding=padding)
@@ -121,7 +121,7 @@ class UNetBlock(nn.Module):
             self.proj = Conv2d(out_channels, out_channels, kernel=1)
 
     def forward(self, x, emb):
-        """x [B, in_channels, H, W], emb [B, emb_channels] -> [B, out_channels, H, W], or half or twice H, W."""
+        """x [B, in_channels, H, W], emb [B, emb_channels] -> [B, out_channels, H, W], H, W as in Conv2d."""
         h = self.conv0(F.silu(self.norm0(x)))
         h = F.silu(self.norm1(h + self.affine(emb)[:, :, None, None]))
         h = self.conv1(F.dropout(h, self.dropout, self.training))
@@ -297,10 +297,10 @@ class EDMEncoder(nn.Module):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Reading diffusion models, first NVIDIA's .pkl files. A pickle is a program: it names functions and classes, calls them and changes
-# what they return. So each name that an EDM file uses is answered with an inert record of how it was
-# called, and any other name ends the reading. Only afterwards our own code turns the records that we need
-# into tensors.
+# Reading diffusion models, first NVIDIA's .pkl files. A pickle is a program: it names functions and classes,
+# calls them and changes what they return. So each name that an EDM file uses is answered with an inert record
+# of how it was called, and any other name ends the reading. Only afterwards our own code turns the records
+# that we need into tensors.
 
 
 class _Inert:

@@ -1,0 +1,367 @@
+"""experiments/train_edm.py: EDM's numbers, a run that continues exactly, and files that train_cifar.py takes."""
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "experiments"))
+import train_cifar
+import train_edm
+from edm_encoder import Conv2d, UNetBlock, load_edm_encoder
+from edm_pickles import dump, edm_file, randomise
+from kill_twenty_times import leaves
+from train_edm import (Denoiser, InputError, build_run, denoising_loss, draw_batch, initialise, load_denoiser, main, parse_args, sample,
+                       to_pixels, train_step)
+
+ROOT, FIXTURES = Path(__file__).parent.parent, Path(__file__).parent / "fixtures"
+TINY = FIXTURES / "edm_tiny_cond_vp.pkl"
+NETWORK = {"img_resolution": 32, "label_dim": 10, "model_channels": 8, "channel_mult": [1, 1, 1], "num_blocks": 1, "attn_resolutions": [16]}
+FLAGS = ["--model-channels", "8", "--channel-mult", "1", "1", "1", "--num-blocks", "1", "--batch-size", "8", "--device", "cpu"]
+TWELVE_STEPS = [*FLAGS, "--images", "96", "--save-every", "32"]  # saves every four
+
+
+@pytest.fixture(scope="module")
+def reference():
+    """What NVIDIA's code gives for the tiny network."""
+    with np.load(FIXTURES / "edm_tiny_denoiser_reference.npz") as file:
+        numbers = {name: torch.from_numpy(file[name]) for name in file.files}
+    return numbers | {"y": numbers["image_uint8"].float() / 127.5 - 1}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A data set of one's own, as a user would lay it down: 64 training and 20 test images."""
+    folder = tmp_path_factory.mktemp("data")
+    for split, count in (("train", 64), ("test", 20)):
+        images, labels = train_cifar.draw_smoke_images(count, seed=0)
+        np.savez(folder / f"{split}.npz", image=images, label=labels)
+    return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_pictures():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_edm, "GRID", 1)
+        yield
+
+
+@pytest.fixture(scope="module")
+def finished(folder, tmp_path_factory):
+    """An undisturbed run of twelve steps."""
+    out = tmp_path_factory.mktemp("run")
+    main([*TWELVE_STEPS, "--data-dir", str(folder), "--out", str(out)])
+    return out
+
+
+def close(ours, theirs):
+    return (ours - theirs).norm() < 1e-4 * theirs.norm()
+
+
+# ---------------------------------------------------------------------------------------------------- numbers
+
+def test_denoised_images_loss_and_gradients_are_nvidias(reference):
+    denoiser, y, sigma, noise, label = load_denoiser(TINY), *[reference[name] for name in ("y", "sigma", "noise", "label")]
+    noisy = y + sigma[:, None, None, None] * noise
+    assert close(denoiser(noisy, sigma, label), reference["denoised_labelled"])
+    assert close(denoiser(noisy, sigma, None), reference["denoised_unlabelled"])
+    assert not close(reference["denoised_labelled"], reference["denoised_unlabelled"]), "the label matters"
+    denoiser.requires_grad_(True)
+    loss = denoising_loss(denoiser, y, label, sigma, noise)
+    assert loss.shape == (4,) and close(loss, reference["loss_per_pixel_sum"])
+    loss.mean().backward()
+    assert close(denoiser.model.enc["32x32_conv"].weight.grad, reference["grad_enc_conv"])
+    assert close(denoiser.model.dec["32x32_aux_conv"].weight.grad, reference["grad_dec_aux_conv"])
+
+
+def test_samples_are_nvidias(reference):
+    denoiser, latents, label = load_denoiser(TINY), reference["latents"], reference["label"]
+    samples = sample(denoiser, latents, label)
+    assert close(samples, reference["sampled"])
+    assert close(sample(denoiser, latents, label, steps=8), reference["sampled_8_steps"])
+    pixels = to_pixels(samples)  # rounding may tip over where the last digits differ
+    assert pixels.dtype == torch.uint8 and (pixels != reference["sampled_uint8"]).float().mean() < 1e-3
+
+
+def test_full_size_network_has_the_files_names_and_shapes():
+    manifest = json.loads((FIXTURES / "edm_cifar10_cond_vp_manifest.json").read_text())
+    with torch.device("meta"):
+        denoiser = Denoiser(**NETWORK | {"model_channels": 128, "channel_mult": [2, 2, 2], "num_blocks": 4})
+    ours = {name: list(value.shape) for name, value in denoiser.state_dict().items()}
+    assert ours.items() <= manifest.items()
+    assert set(manifest) - set(ours) == {"model.map_augment.weight"}, "augmentation labels are for its training only"
+
+
+def test_an_ncsnpp_network_survives_nvidias_file_format(tmp_path):
+    network = NETWORK | {"embedding_type": "fourier", "encoder_type": "residual", "channel_mult_noise": 2, "resample_filter": [1, 3, 3, 1]}
+    written = randomise(Denoiser(**network)).eval()
+    dump(edm_file(written, network | {"dropout": 0.13, "augment_dim": 9}), tmp_path / "net.pkl")
+    noisy, label = torch.randn(2, 3, 32, 32), torch.tensor([1, 9])
+    assert torch.equal(load_denoiser(tmp_path / "net.pkl")(noisy, 0.5, label), written(noisy, 0.5, label))
+
+
+@pytest.mark.parametrize("taps", [(1, 1), (1, 3, 3, 1)])
+def test_upsampling_doubles_and_keeps_a_constant(taps):
+    layer, x = Conv2d(2, 2, 1, up=True, resample_filter=taps), torch.rand(1, 2, 4, 4)
+    layer.weight.data, layer.bias.data = torch.eye(2)[:, :, None, None], torch.zeros(2)
+    assert layer(x).shape == (1, 2, 8, 8)
+    torch.testing.assert_close(layer(torch.ones(1, 2, 4, 4))[..., 2:-2, 2:-2], torch.ones(1, 2, 4, 4))
+    if taps == (1, 1):
+        torch.testing.assert_close(layer(x), x.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3))
+
+
+def test_the_sampler_solves_the_equation_and_twice_the_steps_leave_a_quarter_of_the_error():
+    """If images were N(0, s^2) noise, the best denoiser would be a factor, and the equation has a solution on paper."""
+    s, z = 0.5, torch.randn(2, 3, 8, 8)
+    denoiser = lambda x, sigma, labels: x * s**2 / (s**2 + sigma**2)
+    exact = 80 * z * s / (s**2 + 80**2) ** 0.5
+    errors = [((sample(denoiser, z, None, steps) - exact).norm() / exact.norm()).item() for steps in (18, 36, 72)]
+    assert errors[0] < 0.08 and 3.5 < errors[0] / errors[1] < 5 and 3.5 < errors[1] / errors[2] < 5
+
+
+def test_an_untrained_network_says_nothing_and_its_loss_is_one_per_pixel():
+    """For images with EDM's assumed deviation of 0.5, at every noise level."""
+    denoiser = Denoiser(**NETWORK)
+    initialise(denoiser, seed=0)
+    y, noise = 0.5 * torch.randn(64, 3, 32, 32), torch.randn(64, 3, 32, 32)
+    for sigma in (0.01, 0.5, 50.0):
+        loss = denoising_loss(denoiser, y, None, torch.full((64,), sigma), noise) / y[0].numel()
+        assert abs(loss.mean() - 1) < 0.02, sigma
+    other = Denoiser(**NETWORK)
+    initialise(other, seed=1)
+    assert not torch.equal(denoiser.model.map_label.weight, other.model.map_label.weight)
+
+
+def test_a_dropped_label_is_no_label():
+    denoiser, noisy = load_denoiser(TINY), torch.randn(3, 3, 32, 32)
+    mixed = denoiser(noisy, 1.0, torch.tensor([-1, 3, -1]))
+    without, three = denoiser(noisy, 1.0, None), denoiser(noisy, 1.0, torch.full((3,), 3))
+    torch.testing.assert_close(mixed, torch.stack([without[0], three[1], without[2]]))
+
+
+# --------------------------------------------------------------------------------------------------- training
+
+def small_run(*flags):
+    args = parse_args([*FLAGS, *flags])
+    images, labels = train_cifar.draw_smoke_images(20, seed=0)
+    return args, build_run(args, torch.device("cpu")), torch.from_numpy(images), torch.from_numpy(labels).long()
+
+
+def test_a_batch_depends_on_seed_and_step_alone_and_processes_share_it_out():
+    args, _, images, labels = small_run()
+    whole = draw_batch(images, labels, 5, args)
+    shares = [draw_batch(images, labels, 5, args, rank, 2) for rank in (0, 1)]
+    for tensor, *parts in zip(whole, *shares):
+        assert torch.equal(tensor[0::2], parts[0]) and torch.equal(tensor[1::2], parts[1])
+    assert not torch.equal(whole[3], draw_batch(images, labels, 6, args)[3])
+    y, given, sigma, noise = whole
+    assert y.shape == noise.shape == (8, 3, 32, 32) and given.shape == sigma.shape == (8,) and y.min() >= -1 and y.max() <= 1
+
+
+def test_a_pass_shows_every_image_once_half_of_them_mirrored_and_some_without_a_label():
+    args, _, _, _ = small_run("--batch-size", "500", "--label-dropout", "0.1")
+    ramp = np.broadcast_to(np.arange(32, dtype=np.uint8)[None, None, :, None], (1000, 32, 32, 3)).copy()
+    images, labels = torch.from_numpy(ramp), torch.arange(1000)
+    batches = [draw_batch(images, labels, step, args) for step in (0, 1)]
+    y, given, sigma, noise = [torch.cat(tensors) for tensors in zip(*batches)]
+    shown = given[given >= 0]
+    assert len(shown.unique()) == len(shown) and 0.05 < (given < 0).float().mean() < 0.15
+    assert 0.4 < (y[:, 0, 0, 0] > y[:, 0, 0, -1]).float().mean() < 0.6
+    assert abs(sigma.log().mean() + 1.2) < 0.15 and abs(sigma.log().std() - 1.2) < 0.15 and abs(noise.std() - 1) < 0.01
+
+
+def test_the_average_follows_with_its_half_life_and_shares_nothing():
+    args, (model, averaged, optimizer), images, labels = small_run("--lr", "0.1", "--images", "1")
+    weights = lambda module: torch.cat([p.detach().flatten() for p in module.parameters()])
+    assert not {p.data_ptr() for p in model.parameters()} & {p.data_ptr() for p in averaged.parameters()}
+    train_step(model, averaged, optimizer, draw_batch(images, labels, 0, args), 0, args)
+    assert torch.equal(weights(model), weights(averaged)), "nothing of the first, random weights is kept"
+    before, step = weights(averaged), 40  # 320 images so far, 5 % of them are 16, and a batch is 8: half a half-life
+    train_step(model, averaged, optimizer, draw_batch(images, labels, step, args), step, args)
+    torch.testing.assert_close(weights(averaged), 0.5**0.5 * before + (1 - 0.5**0.5) * weights(model))
+
+
+def test_learning_rate_rises_over_a_twentieth_of_the_images():
+    args, run, images, labels = small_run("--lr", "1e-3", "--images", "1600")
+    rates = []
+    for step in (0, 4, 9, 10, 100):
+        train_step(*run, draw_batch(images, labels, step, args), step, args)
+        rates.append(run[2].param_groups[0]["lr"])
+    np.testing.assert_allclose(rates, [1e-4, 5e-4, 1e-3, 1e-3, 1e-3])
+
+
+def test_dropout_acts_in_training_and_not_in_the_average():
+    _, (model, averaged, _), _, _ = small_run("--dropout", "0.5")
+    randomise(model), randomise(averaged)
+    noisy, changes = torch.randn(2, 3, 32, 32), lambda module: not torch.equal(module(noisy, 1.0), module(noisy, 1.0))
+    assert changes(model) and not changes(averaged)
+    assert all(block.dropout == 0 for block in averaged.modules() if isinstance(block, UNetBlock))
+
+
+def test_it_learns(tmp_path, folder):
+    main([*FLAGS, "--data-dir", str(folder), "--out", str(tmp_path), "--images", "800", "--dropout", "0", "--lr", "4e-3"])
+    losses = [float(row["loss"]) for row in csv.DictReader(open(tmp_path / "log.csv"))]
+    assert len(losses) == 2 and losses[1] < 0.8 * losses[0] < 0.8
+
+
+# ------------------------------------------------------------------------------------------- a run, continued
+
+def assert_same(path, other):
+    """Two checkpoints hold the same numbers, bit for bit, apart from how fast it went."""
+    a, b = [dict(leaves(torch.load(p, weights_only=True))) for p in (path, other)]
+    assert a.keys() == b.keys() and any("optimizer" in name for name in a)
+    for name in a:
+        if "images_per_s" not in name:
+            assert torch.equal(a[name], b[name]) if isinstance(a[name], torch.Tensor) else a[name] == b[name], name
+
+
+def stopped_run(number, out, folder):
+    """The run as a process of its own, sent that signal once it has saved. Returns its exit code."""
+    command = [sys.executable, "experiments/train_edm.py", *TWELVE_STEPS, "--data-dir", str(folder), "--out", str(out)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}) as process:
+        while not (out / "edm.pt").exists() and process.poll() is None:
+            time.sleep(0.01)
+        process.send_signal(number)
+    return process.returncode
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 128 + signal.SIGTERM)])
+def test_a_stopped_run_continues_bit_for_bit(number, code, finished, folder, tmp_path):
+    assert stopped_run(number, tmp_path, folder) == code
+    step = torch.load(tmp_path / "edm.pt", weights_only=True)["step"]
+    assert 4 <= step < 12
+    main([*TWELVE_STEPS, "--data-dir", str(folder), "--out", str(tmp_path)])
+    assert_same(tmp_path / "edm.pt", finished / "edm.pt")
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_finished_run_stays_as_it_is_and_can_be_made_longer(finished, folder, tmp_path):
+    before = (finished / "edm.pt").read_bytes()
+    main([*TWELVE_STEPS, "--data-dir", str(folder), "--out", str(finished)])
+    assert (finished / "edm.pt").read_bytes() == before
+    (tmp_path / "edm.pt").write_bytes(before)
+    main([*FLAGS, "--images", "104", "--data-dir", str(folder), "--out", str(tmp_path)])
+    log = list(csv.DictReader(open(tmp_path / "log.csv")))
+    assert [int(row["step"]) for row in log] == [4, 8, 12, 13]
+    assert sorted(path.name for path in finished.glob("*.png")) == [f"samples-{n:09d}.png" for n in (32, 64, 96)]
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_nothing_is_saved(folder, tmp_path):
+    with pytest.raises(FloatingPointError, match="not finite in step [0-9]+; last good checkpoint: none"):
+        main([*TWELVE_STEPS, "--lr", "1e30", "--data-dir", str(folder), "--out", str(tmp_path)])
+    assert not (tmp_path / "edm.pt").exists()
+
+
+# -------------------------------------------------------------------------------------- what the model is for
+
+def test_the_file_is_a_teacher_with_labels_and_without(finished):
+    saved = torch.load(finished / "edm.pt", weights_only=True)
+    encoder, denoiser = load_edm_encoder(finished / "edm.pt"), load_denoiser(finished / "edm.pt")
+    for name, tensor in encoder.model.state_dict().items():
+        assert torch.equal(tensor, saved["model_state_dict"][name]) and torch.equal(tensor, denoiser.model.state_dict()[name])
+    assert encoder.label_dim == 10 and not any(p.requires_grad for p in [*encoder.parameters(), *denoiser.parameters()])
+    for flags in ([], ["--teacher-unconditional"]):
+        teacher = train_cifar.load_teacher(train_cifar.parse_args(["--smoke", "--teacher", str(finished / "edm.pt"), *flags]), "cpu")
+        assert teacher(torch.rand(2, 3, 32, 32), None if flags else torch.tensor([0, 9]), 0.06).shape == (2, 8)
+
+
+def draw(out, count, model, *flags, **processes):
+    args = parse_args(["--sample", str(count), "--model", str(model), "--out", str(out), "--batch-size", "4", "--device", "cpu", *flags])
+    train_edm.draw_images(args, **processes)
+
+
+def test_synthetic_images_are_balanced_and_functions_of_seed_and_number(finished, tmp_path, monkeypatch):
+    draw(tmp_path / "ten.npz", 10, finished / "edm.pt")
+    images, labels = train_cifar.open_npz(tmp_path / "ten.npz", 10)
+    assert images.shape == (10, 32, 32, 3) and labels.tolist() == list(range(10))
+    latents = torch.randn(3, 32, 32, generator=train_cifar.generator(0, 9, "latent"))[None].expand(4, -1, -1, -1)
+    alone = to_pixels(sample(load_denoiser(finished / "edm.pt"), latents, torch.full((4,), 9)))
+    assert np.abs(alone[0].permute(1, 2, 0).numpy().astype(int) - images[9]).max() <= 1
+
+    # Two processes; the first batch of the second is the last before the kill.
+    sampled, count = train_edm.sample, []
+    monkeypatch.setattr(train_edm, "sample", lambda *inputs: count.append(1) or sampled(*inputs))
+    draw(tmp_path / "twelve.npz", 4, finished / "edm.pt", "--seed", "1")
+    folder = tmp_path / "two.npz.parts"
+    with pytest.raises(FileNotFoundError):  # the first process alone finds the others' parts missing
+        draw(tmp_path / "two.npz", 10, finished / "edm.pt", rank=0, world=2)
+    (folder,) = tmp_path.glob("two.npz.parts-*")
+    assert sorted(part.name for part in folder.iterdir()) == ["000000000.npz", "000000008.npz"]
+    count.clear()
+    draw(tmp_path / "two.npz", 10, finished / "edm.pt")
+    assert len(count) == 1 and not folder.exists(), "only what was missing is drawn"
+    assert np.array_equal(np.load(tmp_path / "two.npz")["image"], images)
+    assert not np.array_equal(np.load(tmp_path / "twelve.npz")["image"], images[:4]), "another seed, other images"
+
+
+def test_probe_says_how_much_the_features_know(finished, folder, capsys):
+    main(["--probe", "40", "--model", str(finished / "edm.pt"), "--data-dir", str(folder), "--device", "cpu"])
+    lines = capsys.readouterr().out.splitlines()
+    assert "dec.8x8_in1, 8 wide, without labels; 40 training and 20 test images" in lines[0]
+    assert [line.split()[1] for line in lines[1:]] == ["0.02", "0.06", "0.2", "0.5"] and all(line.endswith("%") for line in lines[1:])
+
+
+def test_the_plan_counts_edms_own_training(folder, tmp_path, capsys):
+    main(["--dry-run", "--data-dir", str(folder), "--batch-size", "32", "--device", "cpu", "--out", str(tmp_path / "never")])
+    plan = capsys.readouterr().out
+    assert "55.73M parameters" in plan and "42.4 GFLOP" in plan and "2.54e+19 FLOP" in plan
+    assert not (tmp_path / "never").exists()
+
+
+# -------------------------------------------------------------------------------------------------- bad input
+
+def test_bad_flags_and_files_are_named_and_write_nothing(finished, folder, tmp_path, capsys):
+    (tmp_path / "page.pt").write_text("<html>404</html>")
+    torch.save({"step": 3}, tmp_path / "other.pt")
+    (tmp_path / "there.npz").write_text("mine")
+    run, out = ["--data-dir", str(folder)], ["--out", str(tmp_path / "never")]
+    draw = ["--sample", "8", "--out", str(tmp_path / "never.npz"), "--model"]
+    for flags, named in [
+            ([*out, "--images", "0"], "--images"), ([*out, "--lr", "-1"], "--lr"), ([*out, "--label-dropout", "1"], "--label-dropout"),
+            ([*out, "--channel-mult", "0", "1"], "--channel-mult"), ([*out, "--model-channels", "4"], "--model-channels 4"),
+            ([*out, "--model-channels", "130"], "--model-channels 130"), ([*out, "--batch-size", "65"], "--batch-size 65"),
+            ([*out, "--sample", "8"], ".npz"), ([*out, "--sample", "0"], "--sample 0"), ([*out, "--data-dir", str(tmp_path / "x")], "x"),
+            ([*draw, str(tmp_path / "none.pt")], "none.pt"), ([*draw, str(tmp_path / "page.pt")], "page.pt: this is a web page"),
+            ([*draw, str(tmp_path / "other.pt")], "other.pt: damaged, refused or no diffusion model"),
+            ([*draw, str(TINY), "--dataset", "cifar100"], "10 classes"),
+            ([*draw, str(TINY), "--out", str(tmp_path / "there.npz")], "there.npz: is there already"),
+            (["--out", str(finished), *FLAGS, "--lr", "0.5"], "lr 0.001 there, 0.5 now")]:
+        with pytest.MonkeyPatch.context() as patch, pytest.raises((InputError, OSError, SystemExit)) as caught:
+            patch.setattr(train_cifar.torchvision.datasets, "CIFAR10", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("no network")))
+            main([*run, "--device", "cpu", *flags])
+        message = capsys.readouterr().err.splitlines()[-1] if isinstance(caught.value, SystemExit) else str(caught.value)
+        assert named in message and "\n" not in message, (flags, message)
+        assert not isinstance(caught.value, SystemExit) or caught.value.code == 2
+    assert not list(tmp_path.glob("never*")) and (tmp_path / "there.npz").read_text() == "mine"
+
+
+def test_the_command_line_exits_with_2_and_one_line(tmp_path):
+    command = [sys.executable, "experiments/train_edm.py", "--probe", "--model", str(tmp_path / "none.pt")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and "none.pt" in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_damaged_files_give_one_clear_line(finished, tmp_path):
+    """The same reader is behind train_cifar.py's --teacher."""
+    whole, path = (finished / "edm.pt").read_bytes(), tmp_path / "edm.pt"
+    saved = torch.load(finished / "edm.pt", weights_only=True)
+    contents = [(whole[:len(whole) // 2], "cut off|damaged"), (whole[:100] + bytes(1000) + whole[1100:], "cut off|damaged"),
+                ({"model_state_dict": saved["model_state_dict"]}, "damaged"), (saved | {"edm_arguments": 3}, "damaged"),
+                (saved | {"edm_arguments": saved["edm_arguments"] | {"num_blocks": 2}}, "is missing"),
+                (saved | {"edm_arguments": saved["edm_arguments"] | {"model_channels": 16}}, r" is \[.*\], expected \["),
+                (saved | {"edm_arguments": saved["edm_arguments"] | {"colour": "red"}}, "colour"),
+                (saved | {"model_state_dict": dict.fromkeys(saved["model_state_dict"], 3)}, "not a usable EDM network"),
+                (saved | {"model_state_dict": {"os": os.getcwd}}, "damaged, refused")]  # a function is not data
+    for content, message in contents:
+        path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+        for load in (load_edm_encoder, load_denoiser):
+            with pytest.raises(ValueError, match=message) as caught:
+                load(path)
+            assert str(caught.value).startswith(f"{path}: ") and "\n" not in str(caught.value)
