@@ -42,7 +42,6 @@ processes can draw the same batch and take their shares.
 import argparse
 import contextlib
 import copy
-import csv
 import fcntl
 import math
 import mmap
@@ -598,30 +597,23 @@ def map_npz_member(path, name):
     compressed, cut off or as objects.
     """
     try:
+        info = zipfile.ZipFile(path).getinfo(f"{name}.npy")
+        if info.compress_type != zipfile.ZIP_STORED:
+            raise ValueError("it is compressed")
         with open(path, "rb") as file:
-            info = zipfile.ZipFile(file).getinfo(f"{name}.npy")
-            if info.compress_type != zipfile.ZIP_STORED:
-                raise InputError(f"{path}: {name!r} is compressed and cannot be mapped; use numpy.savez")
             file.seek(info.header_offset + 26)  # in the member's own header: lengths of two fields at its end
             begin = info.header_offset + 30 + sum(struct.unpack("<2H", file.read(4)))
             file.seek(begin)  # from here on it is an .npy file
             np.lib.format.read_magic(file)
             shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
-            if dtype.hasobject or fortran_order:  # objects would be unpickled, and a pickle can run code
-                raise InputError(f"{path}: {name!r} holds objects or is in Fortran order, expected C order")
+            if fortran_order or dtype.hasobject:  # objects would be unpickled, and a pickle can run code
+                raise ValueError("it is in Fortran order, or holds objects")
             if file.tell() - begin + math.prod(shape) * dtype.itemsize != info.file_size:
-                raise ValueError(f"{name!r} has another length than its header says, perhaps cut off")
-            mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            return np.ndarray(shape, dtype, buffer=mapping, offset=file.tell())
-    except InputError:
-        raise
-    except KeyError:
-        raise InputError(f"{path}: has no array {name!r}; expected 'image' and 'label'") from None
+                raise ValueError("it has another length than its header says, perhaps cut off")
+            return np.memmap(path, dtype, "r", file.tell(), shape)
     except Exception as error:  # a damaged file can fail in any way
-        if isinstance(error, OSError) and error.filename:  # it cannot be opened; the message names it
-            raise
-        reason = ascii(str(error))[1:-1]  # printable, whatever the file holds
-        raise InputError(f"{path}: not a readable .npz file, perhaps cut off ({reason})") from None
+        raise InputError(f"{path}: holds no array {name!r} that can be mapped, expected an .npz as from "
+                         f"numpy.savez with 'image' and 'label' ({ascii(str(error))[1:-1]})") from None
 
 
 def open_npz(path, classes):
@@ -860,7 +852,7 @@ def save_atomically(content, path):
         temporary.unlink(missing_ok=True)
 
 
-def checkpoint(args, run, step, best):
+def checkpoint(args, run, step, log):
     """All that a run needs to continue after `step` steps, and all that a user of the weights needs, as
     tensors and plain types. model_state_dict (averaged, the weights to use) and unaveraged_model_state_dict
     are DM-AT's keys, state_dict (averaged) is RobustBench's; saved twice by reference, a tensor takes its
@@ -869,7 +861,7 @@ def checkpoint(args, run, step, best):
     data, weights = DATASETS[args.dataset], averaged.state_dict()
     return {"model_state_dict": weights, "state_dict": weights,
             "unaveraged_model_state_dict": model.state_dict(), "projector": projectors.state_dict(),
-            "optimizer": optimizer.state_dict(), "step": step, "best": best, "args": vars(args),
+            "optimizer": optimizer.state_dict(), "step": step, "log": log, "args": vars(args),
             "arch": args.arch, "dataset": args.dataset, "num_classes": data.classes,
             "mean": data.mean, "std": data.std}
 
@@ -881,8 +873,8 @@ MAY_DIFFER = {"data_dir", "synthetic", "out", "device", "amp", "no_amp", "no_com
 
 
 def restore(path, args, run):
-    """Load a checkpoint of the same settings into `run`; returns (step, best). Raises InputError where
-    it is damaged or of another run. With weights_only a file is data: nothing in it gets to run."""
+    """Load a checkpoint of the same settings into `run`; returns (steps done, log). Raises InputError
+    where it is damaged or of another run. With weights_only a file is data: nothing in it gets to run."""
     model, averaged, projectors, optimizer = run
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
@@ -894,7 +886,7 @@ def restore(path, args, run):
             averaged.load_state_dict(saved["model_state_dict"])
             projectors.load_state_dict(saved["projector"])
             optimizer.load_state_dict(saved["optimizer"])
-            return int(saved["step"]), float(saved["best"])
+            return saved["step"], saved["log"]
     except Exception as error:
         raise InputError(f"{path}: damaged, or no checkpoint of this script ({type(error).__name__}); "
                          "move it away to start without it") from None
@@ -915,15 +907,11 @@ def write_log(path, log, minutes_left):
         sys.stdout = open(os.devnull, "w")
 
 
-def read_log(path, step):
-    """The rows of log.csv up to `step`. Later ones, of a run that outlived its checkpoint, are made again."""
-    try:
-        with open(path, newline="") as file:
-            rows = [{name: float(value) for name, value in row.items() if value}
-                    for row in csv.DictReader(file)]
-        return [row for row in rows if row["step"] <= step]
-    except (KeyError, TypeError, ValueError, csv.Error):
-        raise InputError(f"{path}: damaged, or no log of this script; move it away") from None
+def is_best(args, log):
+    """Whether the last row of the log is an evaluation that none before it beats; ties go to the later one
+    (DM-AT). Without an attack in training no robustness grows that one could select by."""
+    name = "holdout_robust" if args.eps and args.attack_steps else "holdout_clean"
+    return name in log[-1] and log[-1][name] >= max(row.get(name, 0) for row in log)
 
 
 def summarise(recent, done, model, last):
@@ -1040,49 +1028,32 @@ def compile_parts(args, model, teacher):
 
 
 def print_plan(args, data, run, teacher, total_steps):
-    """What is about to run."""
+    """What follows from the flags."""
     size = lambda module: f"{sum(p.numel() for p in module.parameters()) / 1e6:.2f}M parameters"
-    epochs = math.ceil(total_steps / data.steps_per_epoch)
-    rates = [one_cycle(epoch, epochs, args.lr)[0] for epoch in range(epochs)]
-    print(f"model      {args.arch}, {size(run[0])}; bfloat16 {'on' if args.amp else 'off'}")
-    print(f"data       {args.dataset}: {data.n_real_images:,} real images and {data.n_synthetic_images:,}",
-          f"synthetic ones, {len(data.holdout[1]):,} held out, {len(data.test[1]):,} for tests")
-    print(f"batch      {args.batch_size} = {data.n_real} real + {args.batch_size - data.n_real} synthetic,",
-          f"on {data.world} process(es)")
-    in_epochs = f"{total_steps / data.steps_per_epoch:g} epochs of {data.steps_per_epoch:,}"
-    print(f"steps      {total_steps:,} = {in_epochs} steps")
-    print(f"attack     eps {args.eps * 255:g}/255, {args.attack_steps} steps of {args.step_size * 255:g}/255")
-    print(f"optimizer  {args.optimizer}, rate {rates[0]:g} in the first epoch and {max(rates):g} at most")
+    print(f"model    {args.arch}, {size(run[0])}, in {'bfloat16' if args.amp else 'float32'}")
+    print(f"data     {data.n_real_images:,} real images and {data.n_synthetic_images:,} synthetic ones,",
+          f"{len(data.holdout[1]):,} held out, {len(data.test[1]):,} for tests")
+    print(f"steps    {total_steps:,} = {total_steps / data.steps_per_epoch:g} epochs; in each {data.n_real}",
+          f"real + {args.batch_size - data.n_real} synthetic images, on {data.world} process(es)")
+    print(f"attack   eps {args.eps * 255:g}/255, {args.attack_steps} steps of {args.step_size * 255:g}/255")
+    about = "none: plain adversarial training"
     if teacher:
-        labels = "without" if args.teacher_unconditional or not teacher.label_dim else "with"
-        print(f"alignment  lambda {args.dra_weight:g}, {len(run[2])} projector(s), {size(run[2])}")
-        print(f"teacher    {args.teacher or 'random'}: {teacher.layer}, {teacher.width} wide,",
-              f"{size(teacher)}, sigma {args.teacher_sigma:g}, {labels} labels")
-    else:
-        print("alignment  none: plain adversarial training")
-    sys.stdout.flush()
+        about = f"{args.teacher or 'random'}: {teacher.layer}, {teacher.width} wide, {size(teacher)}; "
+        about += f"projector {size(run[2])}"
+    print(f"teacher  {about}", flush=True)
 
 
 def resume(args, data, run, out):
-    """Load the last checkpoint in `out` into `run`. Returns (its path or None, steps done, best, log)."""
-    first_step, best, log = 0, -1.0, []
+    """Load the last checkpoint in `out`, if there is one, into `run`. Returns (steps done, log)."""
+    first_step, log = 0, []
     last = next((out / name for name in ("last.pt", "best.pt") if (out / name).exists()), None)
     if last:
-        if (out / "best.pt").exists():  # for its score: if a kill came between the two, it is the newer one
-            _, best = restore(out / "best.pt", args, run)
-        first_step, known_best = restore(last, args, run)
-        best = max(best, known_best)
-    if data.rank == 0:
-        if last and last.name == "best.pt":  # there may be no step left that would write the other
-            save_atomically(checkpoint(args, run, first_step, best), out / "last.pt")
-        if (out / "log.csv").exists():
-            if last:
-                log = read_log(out / "log.csv", first_step)
-            else:  # of a run whose checkpoints are gone: set it aside
-                os.replace(out / "log.csv", out / f"log-{time.time_ns()}.csv")
+        first_step, log = restore(last, args, run)
+        if data.rank == 0 and last.name == "best.pt":  # there may be no step left that would write the other
+            save_atomically(checkpoint(args, run, first_step, log), out / "last.pt")
     if all_reduce(torch.tensor([first_step, -first_step]), dist.ReduceOp.MAX).sum():
         raise InputError(f"--out {out}: the processes see different checkpoints; expected one folder for all")
-    return last, first_step, best, log
+    return first_step, log
 
 
 def train(args, data, teacher, run, out, total_steps):
@@ -1091,7 +1062,8 @@ def train(args, data, teacher, run, out, total_steps):
     Raises FloatingPointError where the loss is not finite, and SystemExit, after saving, on a signal.
     """
     model, averaged, projectors, optimizer = run
-    last, first_step, best, log = resume(args, data, run, out)
+    first_step, log = resume(args, data, run, out)
+    last = out / "last.pt" if first_step else None  # the last good checkpoint
     if data.rank == 0:
         begin = f"continuing {last} after step {first_step} of {total_steps}" if last else "starting"
         print(begin, flush=True)
@@ -1099,8 +1071,6 @@ def train(args, data, teacher, run, out, total_steps):
     epochs = math.ceil(total_steps / data.steps_per_epoch)
     eval_every, save_every = [max(1, round(every * data.steps_per_epoch))
                               for every in (args.eval_every, args.save_every)]
-    # Without an attack in training no robustness grows that one could select by.
-    selected_by = "holdout_robust" if args.eps and args.attack_steps else "holdout_clean"
     recent, since, started = [], time.time(), time.time()
     for step in range(first_step, total_steps):
         # In the first step each forward replaces the running statistics, so they begin as the attacked
@@ -1131,15 +1101,13 @@ def train(args, data, teacher, run, out, total_steps):
                 row["holdout_clean"], row["holdout_robust"] = evaluate(
                     averaged, data.holdout, margin_loss, SELECTION_STEPS, args)
             log.append(row)
-            # In this order a kill in between loses neither a row nor the best weights: a continued run makes
-            # the rows after last.pt again, and looks into best.pt for its score.
             minutes = (total_steps - done) * (time.time() - started) / (done - first_step) / 60
             write_log(out / "log.csv", log, minutes)
-            if evaluating and row[selected_by] >= best:  # ties go to the later one (DM-AT)
-                best = row[selected_by]
-                save_atomically(checkpoint(args, run, done, best), out / "best.pt")
+            # In this order a kill in between loses nothing: a continued run repeats the steps after last.pt.
+            if is_best(args, log):
+                save_atomically(checkpoint(args, run, done, log), out / "best.pt")
             if saving:
-                save_atomically(checkpoint(args, run, done, best), out / "last.pt")
+                save_atomically(checkpoint(args, run, done, log), out / "last.pt")
         last = out / "last.pt" if saving else last
         if stopping and not final:
             barrier()  # all wait until process 0 has saved
@@ -1170,8 +1138,6 @@ def main(argv=None):
                           for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))]
     device = torch.device("cuda", local) if args.device == "cuda" else torch.device("cpu")
     if args.device == "cuda":
-        if local >= torch.cuda.device_count():
-            raise InputError(f"--device cuda: too few GPUs here for process {local}")
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
         torch.backends.cudnn.allow_tf32 = args.amp  # torch's default allows it, for convolutions

@@ -33,12 +33,11 @@ ConvNeXt-B row (paper: 76.03 / 56.07) differs by the name of the backbone:
 Word for word those of train_cifar.py (a test compares them), so that its tests speak for this file, too:
 InputError, fraction, build_projector, pgd, kl_divergence, trades_loss, dra_loss, one_cycle,
 averaging_decay, update_average, all_reduce, barrier, margin_loss, save_atomically, restore, write_log,
-read_log, summarise, note_signal, signalled, stop, lock, compile_parts, resume.
+is_best, summarise, note_signal, signalled, stop, lock, compile_parts, resume.
 """
 import argparse
 import contextlib
 import copy
-import csv
 import fcntl
 import hashlib
 import json
@@ -589,7 +588,7 @@ class Augmented(Dataset):
     """
 
     def __init__(self, folders, args):
-        self.folders, self.seed, self.cache, self.targets = folders, args.seed, args.cache_targets, None
+        self.folders, self.seed, self.cache = folders, args.seed, args.cache_targets
         self.crop = transforms.RandomResizedCrop(args.image_size, scale=CROP_AREA)
 
     def __getitem__(self, key):
@@ -599,13 +598,7 @@ class Augmented(Dataset):
         with torch.random.fork_rng(devices=[]):  # torchvision draws from torch's global generator
             torch.manual_seed(random_seed(self.seed, (step, slot), "augment"))
             pixels, flip = to_pixels(folder.read(number, self.crop)), int(torch.rand(()) < 0.5)
-        if self.cache and self.targets is None:
-            # Opened here, in the process that reads, and mapped: a row of 2.3 kB is all that is read for an
-            # image.
-            self.targets = np.load(Path(self.cache, "targets.npy"), mmap_mode="r")
-        target = torch.zeros(0)
-        if self.cache:
-            target = torch.from_numpy(self.targets[index, flip].copy())
+        target = read_target(self.cache, index, flip) if self.cache else torch.zeros(0)
         return pixels.flip(2) if flip else pixels, int(folder.labels[number]), target
 
 
@@ -762,15 +755,15 @@ class Data:
 
 
 def cache_targets(args, data, teacher):
-    """Compute the teacher's features once: DIR/targets.npy, float16 [images, 2, width], of each image's
-    centre crop and its mirror image, under noise that is fixed per image and view.
+    """Compute the teacher's features once, of each image's centre crop and its mirror image, under noise that
+    is fixed per image and view, and keep them as float16.
 
     A step with ViT-B/16 costs 431 GFLOP per image and the teacher 257 (138 the autoencoder, 119 the
     transformer), so this saves more than a third of the arithmetic of every epoch after the first. What
     changes against the paper's targets: the classifier sees a piece of the image while the target describes
-    its middle, and the noise is the same in every epoch. Chunks that are done are marked in DIR/done.npy,
-    so a stopped run goes on where it was, with any number of processes. Raises InputError where DIR was
-    made from other images or settings, SystemExit on a signal.
+    its middle, and the noise is the same in every epoch. DIR has a file for every CACHE_CHUNK images, so a
+    stopped run goes on where it was, with any number of processes. Raises InputError where DIR was made from
+    other images or settings, SystemExit on a signal.
     """
     path, count = Path(args.cache_targets), sum(map(len, data.folders))
     if data.rank == 0:
@@ -785,20 +778,19 @@ def cache_targets(args, data, teacher):
             "t": args.teacher_t, "labels": not args.teacher_unconditional, "seed": args.seed,
             "bfloat16": args.amp, "chunk": CACHE_CHUNK})
     barrier()
-    done = np.load(path / "done.npy")
+    chunks = range(math.ceil(count / CACHE_CHUNK))
+    todo = [chunk for chunk in chunks if not chunk_file(path, chunk).exists()][data.rank::data.world]
     barrier()  # all have seen the same state before anyone adds to it
-    todo = np.flatnonzero(~done)[data.rank::data.world]
-    chunks = [range(chunk * CACHE_CHUNK, min(count, (chunk + 1) * CACHE_CHUNK)) for chunk in todo]
+    numbers = [range(count)[chunk * CACHE_CHUNK:(chunk + 1) * CACHE_CHUNK] for chunk in todo]
     crops = Centred(data.folders, np.arange(count), teacher.image_size, teacher.image_size)
-    loader = DataLoader(crops, batch_sampler=chunks, num_workers=args.workers, worker_init_fn=answer_signals)
+    loader = DataLoader(crops, batch_sampler=numbers, num_workers=args.workers, worker_init_fn=answer_signals)
     progress = tqdm(loader, desc="caching targets", unit=" chunks", disable=None if data.rank == 0 else True)
     for chunk, loaded in zip(todo, progress):
         pieces = zip(*(tensor.split(CACHE_BATCH) for tensor in loaded))
         targets = torch.cat([both_views(args, teacher, *piece) for piece in pieces])  # [chunk, 2, width]
         if not targets.isfinite().all():
             raise InputError("--cache-targets: some of the teacher's features are too large for float16")
-        write_rows(path / "targets.npy", int(chunk) * CACHE_CHUNK, targets.numpy())
-        write_rows(path / "done.npy", int(chunk), np.array([True]))
+        save_atomically(targets, chunk_file(path, chunk))
         if SIGNALS:
             break
     stopping = signalled()
@@ -824,13 +816,12 @@ def both_views(args, teacher, images, labels, numbers):
 
 
 def prepare_cache(path, made_from):
-    """Make an empty cache in the folder `path`, or see that the one there was made from the same.
+    """Begin a cache in the folder `path`, or see that the one there was made from the same.
 
-    made_from: what the features depend on. It is kept beside them, as targets.json, since a cache of other
-    images, of another block or of another teacher would look just as good, and train another classifier.
+    made_from: what the features depend on. It is kept beside them, since a cache of other images, of another
+    block or of another teacher would look just as good, and train another classifier.
     """
-    description, shape = path / "targets.json", (made_from["count"], 2, made_from["width"])
-    marks = (math.ceil(made_from["count"] / CACHE_CHUNK),)
+    description = path / "targets.json"
     if description.exists():
         try:
             there = json.loads(description.read_text())
@@ -843,31 +834,23 @@ def prepare_cache(path, made_from):
                              f"({'; '.join(difference)}); choose another folder")
     elif {item.name for item in path.iterdir()} - {"lock", "targets.json.tmp"}:
         raise InputError(f"--cache-targets {path}: holds something else, expected a new or empty folder")
-    save_atomically(json.dumps(made_from, indent=1), description)
-    if not (path / "done.npy").exists():  # made last: without it nothing has been computed yet
-        np.lib.format.open_memmap(path / "targets.npy", "w+", np.float16, shape)
-        np.save(path / "done.tmp.npy", np.zeros(marks, dtype=bool))
-        os.replace(path / "done.tmp.npy", path / "done.npy")
-    try:
-        found = [np.load(path / name, mmap_mode="r").shape for name in ("targets.npy", "done.npy")]
-    except (OSError, ValueError, EOFError):
-        found = None
-    if found != [shape, marks]:
-        raise InputError(f"--cache-targets {path}: is damaged; remove the folder to compute it again")
+    else:
+        save_atomically(json.dumps(made_from, indent=1), description)
 
 
-def write_rows(path, first, rows):
-    """Write rows into an .npy file from row `first` on, through to the disk, before they are marked as
-    done. Not through a memory map: with a full disk that would end the process without a word."""
-    array = np.load(path, mmap_mode="r")
+def chunk_file(cache, chunk):
+    """Where the targets of images chunk * CACHE_CHUNK and following are kept: float16 [images, 2, width]."""
+    return Path(cache, f"{chunk:06}.pt")
+
+
+def read_target(cache, index, flip):
+    """The cached target of image `index`, mirrored if `flip`: float16 [width]. The file is mapped, so a row
+    of 2.3 kB is all that is read."""
+    path = chunk_file(cache, index // CACHE_CHUNK)
     try:
-        with open(path, "r+b") as file:
-            file.seek(array.offset + first * array[:1].nbytes)
-            file.write(np.ascontiguousarray(rows, dtype=array.dtype))
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise OSError(f"{path}: cannot be written ({error}); what is done stays") from None
+        return torch.load(path, mmap=True, weights_only=True)[index % CACHE_CHUNK, flip].clone()
+    except Exception as error:  # a damaged file can fail in any way
+        raise InputError(f"{path}: damaged ({type(error).__name__}); remove it to compute it again") from None
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -925,7 +908,7 @@ def save_atomically(content, path):
         temporary.unlink(missing_ok=True)
 
 
-def checkpoint(args, run, step, best):
+def checkpoint(args, run, step, log):
     """All that a run needs to continue after `step` steps, and all that a user of the weights needs, as
     tensors and plain types. model_state_dict (averaged, the weights to use) and unaveraged_model_state_dict
     are DM-AT's keys, state_dict (averaged) is RobustBench's."""
@@ -933,7 +916,7 @@ def checkpoint(args, run, step, best):
     weights = averaged.state_dict()
     return {"model_state_dict": weights, "state_dict": weights,
             "unaveraged_model_state_dict": model.state_dict(), "projector": projectors.state_dict(),
-            "optimizer": optimizer.state_dict(), "step": step, "best": best, "args": vars(args),
+            "optimizer": optimizer.state_dict(), "step": step, "log": log, "args": vars(args),
             "arch": args.arch, "dataset": "imagenet", "num_classes": averaged.backbone.num_classes,
             "classes": args.classes, "mean": averaged.mean.flatten().tolist(),
             "std": averaged.std.flatten().tolist()}
@@ -946,8 +929,8 @@ MAY_DIFFER = {"data", "synthetic", "cache_targets", "workers", "accumulate", "ou
 
 
 def restore(path, args, run):
-    """Load a checkpoint of the same settings into `run`; returns (step, best). Raises InputError where
-    it is damaged or of another run. With weights_only a file is data: nothing in it gets to run."""
+    """Load a checkpoint of the same settings into `run`; returns (steps done, log). Raises InputError
+    where it is damaged or of another run. With weights_only a file is data: nothing in it gets to run."""
     model, averaged, projectors, optimizer = run
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
@@ -959,7 +942,7 @@ def restore(path, args, run):
             averaged.load_state_dict(saved["model_state_dict"])
             projectors.load_state_dict(saved["projector"])
             optimizer.load_state_dict(saved["optimizer"])
-            return int(saved["step"]), float(saved["best"])
+            return saved["step"], saved["log"]
     except Exception as error:
         raise InputError(f"{path}: damaged, or no checkpoint of this script ({type(error).__name__}); "
                          "move it away to start without it") from None
@@ -980,15 +963,11 @@ def write_log(path, log, minutes_left):
         sys.stdout = open(os.devnull, "w")
 
 
-def read_log(path, step):
-    """The rows of log.csv up to `step`. Later ones, of a run that outlived its checkpoint, are made again."""
-    try:
-        with open(path, newline="") as file:
-            rows = [{name: float(value) for name, value in row.items() if value}
-                    for row in csv.DictReader(file)]
-        return [row for row in rows if row["step"] <= step]
-    except (KeyError, TypeError, ValueError, csv.Error):
-        raise InputError(f"{path}: damaged, or no log of this script; move it away") from None
+def is_best(args, log):
+    """Whether the last row of the log is an evaluation that none before it beats; ties go to the later one
+    (DM-AT). Without an attack in training no robustness grows that one could select by."""
+    name = "holdout_robust" if args.eps and args.attack_steps else "holdout_clean"
+    return name in log[-1] and log[-1][name] >= max(row.get(name, 0) for row in log)
 
 
 def summarise(recent, done, model, last):
@@ -1110,49 +1089,34 @@ def compile_parts(args, model, teacher):
 
 
 def print_plan(args, data, run, teacher, total_steps):
-    """What is about to run."""
+    """What follows from the flags."""
     size = lambda module: f"{sum(p.numel() for p in module.parameters()) / 1e6:.2f}M parameters"
     weights = "random weights" if args.no_pretrained else "pretrained"
-    print(f"model      {args.arch}, {weights}, {size(run[0])}; bfloat16 {'on' if args.amp else 'off'}")
-    print(f"data       {args.data}: {len(data.classes)} classes, {data.n_real_images:,} real images and",
-          f"{data.n_synthetic_images:,} synthetic ones, {len(data.holdout):,} held out; {args.image_size} px")
-    print(f"batch      {args.batch_size} = {data.n_real} real + {args.batch_size - data.n_real} synthetic,",
-          f"on {data.world} process(es) in {args.accumulate} piece(s)")
-    in_epochs = f"{total_steps / data.steps_per_epoch:g} epochs of {data.steps_per_epoch:,}"
-    print(f"steps      {total_steps:,} = {in_epochs} steps")
-    print(f"attack     eps {args.eps * 255:g}/255, {args.attack_steps} steps of {args.step_size * 255:g}/255")
-    print(f"optimizer  lion, rate {args.lr:g} at most, weight decay {args.weight_decay:g}")
+    print(f"model    {args.arch}, {weights}, {size(run[0])}, in {'bfloat16' if args.amp else 'float32'}")
+    print(f"data     {data.n_real_images:,} real images and {data.n_synthetic_images:,} synthetic ones,",
+          f"{len(data.holdout):,} held out, in {len(data.classes)} classes, at {args.image_size} px")
+    print(f"steps    {total_steps:,} = {total_steps / data.steps_per_epoch:g} epochs; in each {data.n_real}",
+          f"real + {args.batch_size - data.n_real} synthetic images, on {data.world} process(es) in",
+          f"{args.accumulate} piece(s)")
+    print(f"attack   eps {args.eps * 255:g}/255, {args.attack_steps} steps of {args.step_size * 255:g}/255")
+    about = "none: plain adversarial training"
     if teacher:
-        labels = "without" if args.teacher_unconditional else "with"
-        where = f"cached in {args.cache_targets}" if args.cache_targets else "computed in each step"
-        print(f"alignment  lambda {args.dra_weight:g}, projector {size(run[2])}")
-        print(f"teacher    {args.teacher[0] if args.teacher else 'random'}: block {teacher.layer},",
-              f"{teacher.width} wide, {size(teacher)}, t {args.teacher_t:g}, {labels} labels, {where}")
-    else:
-        print("alignment  none: plain adversarial training")
-    sys.stdout.flush()
+        about = f"{args.teacher[0] if args.teacher else 'random'}: block {teacher.layer}, {size(teacher)}; "
+        about += f"projector {size(run[2])}"
+    print(f"teacher  {about}", flush=True)
 
 
 def resume(args, data, run, out):
-    """Load the last checkpoint in `out` into `run`. Returns (its path or None, steps done, best, log)."""
-    first_step, best, log = 0, -1.0, []
+    """Load the last checkpoint in `out`, if there is one, into `run`. Returns (steps done, log)."""
+    first_step, log = 0, []
     last = next((out / name for name in ("last.pt", "best.pt") if (out / name).exists()), None)
     if last:
-        if (out / "best.pt").exists():  # for its score: if a kill came between the two, it is the newer one
-            _, best = restore(out / "best.pt", args, run)
-        first_step, known_best = restore(last, args, run)
-        best = max(best, known_best)
-    if data.rank == 0:
-        if last and last.name == "best.pt":  # there may be no step left that would write the other
-            save_atomically(checkpoint(args, run, first_step, best), out / "last.pt")
-        if (out / "log.csv").exists():
-            if last:
-                log = read_log(out / "log.csv", first_step)
-            else:  # of a run whose checkpoints are gone: set it aside
-                os.replace(out / "log.csv", out / f"log-{time.time_ns()}.csv")
+        first_step, log = restore(last, args, run)
+        if data.rank == 0 and last.name == "best.pt":  # there may be no step left that would write the other
+            save_atomically(checkpoint(args, run, first_step, log), out / "last.pt")
     if all_reduce(torch.tensor([first_step, -first_step]), dist.ReduceOp.MAX).sum():
         raise InputError(f"--out {out}: the processes see different checkpoints; expected one folder for all")
-    return last, first_step, best, log
+    return first_step, log
 
 
 def train(args, data, teacher, run, out, total_steps):
@@ -1161,7 +1125,8 @@ def train(args, data, teacher, run, out, total_steps):
     Raises FloatingPointError where the loss is not finite, and SystemExit, after saving, on a signal.
     """
     model, averaged, projectors, optimizer = run
-    last, first_step, best, log = resume(args, data, run, out)
+    first_step, log = resume(args, data, run, out)
+    last = out / "last.pt" if first_step else None  # the last good checkpoint
     if args.cache_targets:
         cache_targets(args, data, teacher)
         teacher.cpu()  # it has done its part, and its memory is needed
@@ -1172,8 +1137,6 @@ def train(args, data, teacher, run, out, total_steps):
 
     eval_every, save_every = [max(1, round(every * data.steps_per_epoch))
                               for every in (args.eval_every, args.save_every)]
-    # Without an attack in training no robustness grows that one could select by.
-    selected_by = "holdout_robust" if args.eps and args.attack_steps else "holdout_clean"
     compile_parts(args, model, teacher)
     compile_parts(args, averaged, None)
     loader = data.load(first_step, total_steps)
@@ -1201,15 +1164,13 @@ def train(args, data, teacher, run, out, total_steps):
                 row["holdout_clean"], row["holdout_robust"] = evaluate(
                     averaged, data.holdout, margin_loss, SELECTION_STEPS, args)
             log.append(row)
-            # In this order a kill in between loses neither a row nor the best weights: a continued run makes
-            # the rows after last.pt again, and looks into best.pt for its score.
             minutes = (total_steps - done) * (time.time() - started) / (done - first_step) / 60
             write_log(out / "log.csv", log, minutes)
-            if evaluating and row[selected_by] >= best:  # ties go to the later one (DM-AT)
-                best = row[selected_by]
-                save_atomically(checkpoint(args, run, done, best), out / "best.pt")
+            # In this order a kill in between loses nothing: a continued run repeats the steps after last.pt.
+            if is_best(args, log):
+                save_atomically(checkpoint(args, run, done, log), out / "best.pt")
             if saving:
-                save_atomically(checkpoint(args, run, done, best), out / "last.pt")
+                save_atomically(checkpoint(args, run, done, log), out / "last.pt")
         last = out / "last.pt" if saving else last
         if stopping and not final:
             barrier()  # all wait until process 0 has saved
@@ -1275,8 +1236,6 @@ def main(argv=None):
                           for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))]
     device = torch.device("cuda", local) if args.device == "cuda" else torch.device("cpu")
     if args.device == "cuda":
-        if local >= torch.cuda.device_count():
-            raise InputError(f"--device cuda: too few GPUs here for process {local}")
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
         torch.backends.cudnn.allow_tf32 = args.amp  # torch's default allows it, for convolutions

@@ -35,10 +35,10 @@ def leaves(value, name=""):
 
 
 def differences(path, other):
-    """Names of what differs between two checkpoints, apart from the names of folders."""
+    """Names of what differs between two checkpoints, apart from the names of folders and the log."""
     a, b = [dict(leaves(torch.load(p, weights_only=True))) for p in (path, other)]
     same = lambda x, y: torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y
-    return [name for name in a.keys() | b.keys() if name not in ("/args/out", "/args/data", "/args/synthetic") and not same(a.get(name), b.get(name))]
+    return [name for name in a.keys() | b.keys() if not name.startswith(("/args/out", "/args/data", "/args/synthetic", "/log")) and not same(a.get(name), b.get(name))]
 
 
 def log_rows(out):

@@ -263,7 +263,7 @@ def runs(tmp_path_factory):
         run = train_cifar.build_run(args, device, train_cifar.load_teacher(args, device))
         for parameter in run[1].parameters():
             parameter.data += 0.05 * normal(*parameter.shape, seed=len(name))
-        train_cifar.save_atomically(train_cifar.checkpoint(args, run, 34, 33.0), folder / name / "best.pt")
+        train_cifar.save_atomically(train_cifar.checkpoint(args, run, 34, rows), folder / name / "best.pt")
         aligned = {"cosine": 0.9} if name == "dra" else {}
         train_cifar.write_log(folder / name / "log.csv", [row | aligned for row in rows], 0)
     return folder

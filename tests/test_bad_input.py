@@ -82,8 +82,8 @@ CASES = [  # command, and what its one line has to name
     ([*CIFAR, "--teacher", str(DMAT)], "dmat_wrn_10_1_cifar10.pt"), ([*CIFAR, "--teacher-layer", "dec.9x9"], "dec.9x9"), ([*CIFAR, "--teacher", "{}"], "Is a directory"),
     # train_cifar.py: data
     *[([*REAL, "--synthetic", f"{{}}/{name}.npz"], named) for name, named in (
-        ("none", "none.npz"), ("nokey", "nokey.npz: has no array 'image'"), ("float", "float.npz: 'image' is float64"), ("nchw", "[60, 3, 32, 32], expected uint8 [N, 32, 32, 3]"),
-        ("label", "labels run from 1 to 10, expected 0 to 9"), ("empty", "empty.npz"), ("object", "object"), ("compressed", "compressed.npz: 'image' is compressed"),
+        ("none", "none.npz"), ("nokey", "nokey.npz: holds no array 'image'"), ("float", "float.npz: 'image' is float64"), ("nchw", "[60, 3, 32, 32], expected uint8 [N, 32, 32, 3]"),
+        ("label", "labels run from 1 to 10, expected 0 to 9"), ("empty", "empty.npz"), ("object", "object"), ("compressed", "compressed.npz: holds no array 'image' that can be mapped"),
         ("cut", "cut.npz"), ("page", "page.npz"))],
     ([*REAL, "--data-dir", "{}/notest"], "test.npz"), ([*REAL, "--data-dir", "{}/few"], "expected at least 10"), ([*REAL, "--batch-size", "600"], "--batch-size 600"),
     ([*REAL, "--synthetic", "{}/good.npz", "--synthetic-fraction", "1.5"], "--synthetic-fraction 1.5: expected"), ([*REAL, "--data-dir", "{}/file"], "file"),

@@ -100,9 +100,9 @@ def bad_npz_files(folder):
     yield "compressed", lambda: np.savez_compressed(path, image=image, label=label), "compressed"
     yield "Fortran order", lambda: np.savez(path, image=np.asfortranarray(image), label=label), "Fortran"
     yield "pickled objects", lambda: np.savez(path, image=np.array([{}, []], object), label=label), "object"
-    yield "cut off", lambda: path.write_bytes(write_npz(folder / "whole.npz", 5).read_bytes()[:9000]), "cut off"
-    yield "no zip", lambda: path.write_bytes(b"<html>"), "not a readable .npz"
-    yield "another zip", lambda: zipfile.ZipFile(path, "w").writestr("image.npy", b"not an array"), "not a readable .npz|has no array"
+    yield "cut off", lambda: path.write_bytes(write_npz(folder / "whole.npz", 5).read_bytes()[:9000]), "expected an .npz"
+    yield "no zip", lambda: path.write_bytes(b"<html>"), "expected an .npz"
+    yield "another zip", lambda: zipfile.ZipFile(path, "w").writestr("image.npy", b"not an array"), "holds no array 'image'"
 
 
 def test_bad_npz_files_give_one_clear_line(tmp_path):

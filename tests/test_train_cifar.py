@@ -28,11 +28,12 @@ def command(*flags, **kwargs):
 
 
 def assert_same(path, other):
-    """Two checkpoints hold the same numbers, bit for bit (apart from the name of the output folder)."""
+    """Two checkpoints hold the same numbers, bit for bit (apart from the output folder's name and the speed)."""
     a, b = [dict(leaves(torch.load(p, weights_only=True))) for p in (path, other)]
     assert a.keys() == b.keys() and any("optimizer" in name for name in a) and any("projector" in name for name in a)
-    for name in set(a) - {"/args/out"}:
-        assert torch.equal(a[name], b[name]) if isinstance(a[name], torch.Tensor) else a[name] == b[name], name
+    for name in a:
+        if not name.endswith(("/out", "/images_per_s")):
+            assert torch.equal(a[name], b[name]) if isinstance(a[name], torch.Tensor) else a[name] == b[name], name
 
 
 @pytest.fixture(scope="module")
@@ -75,16 +76,6 @@ def test_without_last_pt_a_run_continues_from_best_pt(finished, tmp_path):
     assert_same(tmp_path / "last.pt", finished / "last.pt")
 
 
-def test_a_better_best_pt_than_last_pt_knows_is_kept(finished, tmp_path):
-    """As after a kill between the two writes, where repeating the steps (on CUDA) does not reach the same score."""
-    early = torch.load(finished / "last.pt", weights_only=True) | {"step": 6, "best": -1.0}
-    torch.save(early, tmp_path / "last.pt")
-    torch.save(torch.load(finished / "best.pt", weights_only=True) | {"best": 100.0}, tmp_path / "best.pt")
-    before = (tmp_path / "best.pt").read_bytes()
-    main([*EIGHT_STEPS, "--out", str(tmp_path)])
-    assert (tmp_path / "best.pt").read_bytes() == before and torch.load(tmp_path / "last.pt", weights_only=True)["best"] == 100.0
-
-
 def test_a_final_best_pt_alone_becomes_last_pt(finished, tmp_path):
     """As after a kill between the two writes of the last step: nothing is left to train, and the table still comes."""
     torch.save(torch.load(finished / "last.pt", weights_only=True), tmp_path / "best.pt")
@@ -97,7 +88,7 @@ def test_without_an_attack_the_clean_accuracy_selects(tmp_path, monkeypatch):
     scores = iter([(60.0, 10.0), (90.0, 0.0), (90.0, 0.0)])
     monkeypatch.setattr(train_cifar, "evaluate", lambda *_, **__: next(scores, (0.0, 0.0)))
     main([*EIGHT_STEPS, "--attack-steps", "0", "--out", str(tmp_path)])
-    assert torch.load(tmp_path / "best.pt", weights_only=True)["best"] == 90
+    assert torch.load(tmp_path / "best.pt", weights_only=True)["log"][-1]["holdout_clean"] == 90
 
 
 def test_torchvisions_own_arrays_are_taken(monkeypatch, tmp_path):
@@ -153,15 +144,6 @@ def test_a_damaged_or_hostile_checkpoint_is_named_and_left_alone(finished, tmp_p
         with pytest.raises(InputError, match=r"last\.pt: damaged, or no checkpoint") as caught:
             main([*EIGHT_STEPS, "--out", str(tmp_path)])
         assert "\n" not in str(caught.value) and (tmp_path / "last.pt").read_bytes() == content and not (tmp_path / "was_run").exists()
-
-
-def test_a_damaged_log_is_named_and_left_alone(finished, tmp_path):
-    (tmp_path / "last.pt").write_bytes((finished / "last.pt").read_bytes())
-    for content in ("step,loss\n2,nonsense\n", "loss\n0.5\n"):
-        (tmp_path / "log.csv").write_text(content)
-        with pytest.raises(InputError, match=r"log\.csv: damaged, or no log"):
-            main([*EIGHT_STEPS, "--out", str(tmp_path)])
-        assert (tmp_path / "log.csv").read_text() == content
 
 
 def test_a_failing_write_leaves_the_old_checkpoint(tmp_path):
@@ -221,7 +203,7 @@ def test_log_has_one_row_per_interval_in_percent(finished):
 def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path, capsys):
     main(["--smoke", "--dry-run", "--device", "cpu", "--arch", "wrn-28-10", "--max-steps", "100", "--out", str(tmp_path / "never")])
     plan = capsys.readouterr().out
-    for part in ("wrn-28-10", "36.48M parameters", "100 = ", "980 real images", "dec.8x8_in1, 32 wide", "eps 8/255"):
+    for part in ("wrn-28-10", "36.48M parameters", "100 = ", "980 real images", "in each 64 real + 0 synthetic", "dec.8x8_in1, 32 wide", "eps 8/255"):
         assert part in plan
     assert not (tmp_path / "never").exists()
 
