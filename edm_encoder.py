@@ -20,16 +20,19 @@ recognition and keeps the object, so features are best at one small sigma and ge
 is measured on images in [-1, 1]; on the [0, 1] scale it would be 0.03.
 
 This file holds the first half of EDM's SongUNet in both its forms, DDPM++ ("vp" files) and NCSN++ ("ve"
-files), and a reader for NVIDIA's .pkl files. NVIDIA's loader executes the Python source that is embedded in
-each .pkl. Ours takes tensors, numbers and strings, and refuses a file that asks for anything else. The code
-is our own, the parameter names are NVIDIA's. So are the weights, under CC BY-NC-SA 4.0 (no commercial use),
-which may also bind models that are trained with them.
+files), and a reader for NVIDIA's .pkl files and for the .pt files of experiments/train_edm.py, where the
+second half is. NVIDIA's loader executes the Python source that is embedded in each .pkl. Ours takes tensors,
+numbers and strings, and refuses a file that asks for anything else. The code is our own, the parameter names
+are NVIDIA's. So are the weights in NVIDIA's files, under CC BY-NC-SA 4.0 (no commercial use), which may also
+bind models that are trained with them.
 """
 import argparse
+import functools
 import hashlib
 import io
 import pickle
 import sys
+import zipfile
 from pathlib import Path
 
 import torch
@@ -41,26 +44,29 @@ from torch import nn
 
 
 class Conv2d(nn.Module):
-    """Convolution with zero padding; with `down` it also halves height and width (EDM's class of this name).
+    """Convolution with zero padding; `down` halves height and width as well, `up` doubles them (EDM's Conv2d).
 
     Dropping every second pixel would turn fine stripes into false coarse ones (aliasing), so each channel is
     blurred first. resample_filter holds the blur's 1-D taps: [1, 1], the mean of 2 x 2 pixels, in DDPM++ and
     [1, 3, 3, 1] in NCSN++. fused: convolve first and blur afterwards, as NCSN++ does for its image pyramid.
     """
 
-    def __init__(self, in_channels, out_channels, kernel, down=False, resample_filter=(1, 1), fused=False):
+    def __init__(self, in_channels, out_channels, kernel, down=False, up=False, resample_filter=(1, 1),
+                 fused=False):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_channels, in_channels, kernel, kernel))
         self.bias = nn.Parameter(torch.zeros(out_channels))
         nn.init.kaiming_uniform_(self.weight, a=5**0.5)  # torch's default, until a file is loaded
-        self.down, self.fused, self.padding = down, fused, kernel // 2
-        if down:
+        self.down, self.up, self.fused, self.padding = down, up, fused, kernel // 2
+        if down or up:
             taps = torch.tensor(resample_filter, dtype=torch.float32)
             blur = taps.outer(taps) / taps.sum() ** 2  # sums to 1: a constant image stays what it is
             self.register_buffer("resample_filter", blur[None, None])  # [1, 1, L, L], in the file as well
 
     def forward(self, x):
-        """x [B, in_channels, H, W] -> [B, out_channels, H, W], or half the height and width with `down`."""
+        """x [B, in_channels, H, W] -> [B, out_channels, H, W], or half or twice the height and width."""
+        if self.up:
+            x = self.double_and_blur(x)
         if not self.down:
             return F.conv2d(x, self.weight, self.bias, padding=self.padding)
         blur_padding = (self.resample_filter.shape[-1] - 1) // 2
@@ -73,6 +79,13 @@ class Conv2d(nn.Module):
         """x [B, C, H, W] -> half the height and width, each channel blurred by itself."""
         blur = self.resample_filter.to(x.dtype).expand(x.shape[1], 1, -1, -1)  # one blur for all channels
         return F.conv2d(x, blur, groups=x.shape[1], stride=2, padding=padding)
+
+    def double_and_blur(self, x):
+        """x [B, C, H, W] -> twice the height and width. Only a quarter of the new pixels come from an old one,
+        the others from zeros in between, hence the 4. With [1, 1] each pixel becomes 2 x 2 equal ones."""
+        blur = 4 * self.resample_filter.to(x.dtype).expand(x.shape[1], 1, -1, -1)
+        padding = (blur.shape[-1] - 1) // 2
+        return F.conv_transpose2d(x, blur, groups=x.shape[1], stride=2, padding=padding)
 
 
 def group_norm(channels):
@@ -87,17 +100,19 @@ class UNetBlock(nn.Module):
     between the two convolutions, so that one set of weights can treat a little noise and a lot differently.
     """
 
-    def __init__(self, in_channels, out_channels, emb_channels, down=False, attention=False,
+    dropout = 0.0  # between the two convolutions; who trains a network sets it
+
+    def __init__(self, in_channels, out_channels, emb_channels, down=False, up=False, attention=False,
                  resample_filter=(1, 1)):
         super().__init__()
-        resample = {"down": down, "resample_filter": resample_filter}
+        resample = {"down": down, "up": up, "resample_filter": resample_filter}
         self.norm0 = group_norm(in_channels)
         self.conv0 = Conv2d(in_channels, out_channels, kernel=3, **resample)
         self.affine = nn.Linear(emb_channels, out_channels)
         self.norm1 = group_norm(out_channels)
         self.conv1 = Conv2d(out_channels, out_channels, kernel=3)
         self.skip = None  # where the shape stays, x is added as it is
-        if down or in_channels != out_channels:
+        if down or up or in_channels != out_channels:
             self.skip = Conv2d(in_channels, out_channels, kernel=1, **resample)
         self.attention = attention
         if attention:
@@ -106,9 +121,10 @@ class UNetBlock(nn.Module):
             self.proj = Conv2d(out_channels, out_channels, kernel=1)
 
     def forward(self, x, emb):
-        """x [B, in_channels, H, W], emb [B, emb_channels] -> [B, out_channels, H, W], halved with `down`."""
+        """x [B, in_channels, H, W], emb [B, emb_channels] -> [B, out_channels, H, W], or half or twice H, W."""
         h = self.conv0(F.silu(self.norm0(x)))
-        h = self.conv1(F.silu(self.norm1(h + self.affine(emb)[:, :, None, None])))
+        h = F.silu(self.norm1(h + self.affine(emb)[:, :, None, None]))
+        h = self.conv1(F.dropout(h, self.dropout, self.training))
         # Two independent branches of unit variance add up to variance 2. The factor sqrt(1/2) takes it back
         # to 1, or activations would grow from block to block. The weights were trained with it.
         x = (h + (x if self.skip is None else self.skip(x))) * 0.5**0.5
@@ -281,7 +297,7 @@ class EDMEncoder(nn.Module):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Reading NVIDIA's .pkl files. A pickle is a program: it names functions and classes, calls them and changes
+# Reading diffusion models, first NVIDIA's .pkl files. A pickle is a program: it names functions and classes, calls them and changes
 # what they return. So each name that an EDM file uses is answered with an inert record of how it was
 # called, and any other name ends the reading. Only afterwards our own code turns the records that we need
 # into tensors.
@@ -354,58 +370,87 @@ def read_edm_pickle(path):
     return {key: arguments[key] for key in arguments if key not in _UNUSED_ARGUMENTS}, sigma_data, precond
 
 
-def find_tensor(precond, name, shape):
-    """The tensor of that state_dict name, say "model.enc.32x32_conv.weight", in read_edm_pickle's record.
-
-    As float32. Raises ValueError where there is none of that shape, RuntimeError where it would reach beyond
-    its storage.
-    """
+def _unpickled_tensor(precond, name):
+    """The tensor of a state_dict name in read_edm_pickle's record, as float32. KeyError if there is none."""
     *path, last = name.split(".")
     state = _state(precond)
-    try:
-        for part in path:
-            state = _state(state["_modules"][part])
-        record = (state["_parameters"] | state["_buffers"])[last]
-    except KeyError:
-        raise ValueError(f"{name} is missing") from None
+    for part in path:
+        state = _state(state["_modules"][part])
+    record = (state["_parameters"] | state["_buffers"])[last]
     if type(record).__name__ == "_rebuild_parameter":
         record = record.args[0]
     storage, offset, size, stride = record.args[:4]
     # The bytes are a pickle once more. weights_only lets torch build tensors from it and nothing else.
     storage = torch.load(io.BytesIO(storage.args[0]), map_location="cpu", weights_only=True)
     flat = torch.empty(0, dtype=storage.dtype).set_(storage)
-    tensor = torch.as_strided(flat, size, stride, offset).float().clone()
+    return torch.as_strided(flat, size, stride, offset).float().clone()
+
+
+def find_tensor(source, name, shape):
+    """The tensor of that state_dict name, say "model.enc.32x32_conv.weight", in read_edm_pickle's record or
+    in a state dict, as float32.
+
+    Raises ValueError where there is none of that shape, RuntimeError where it would reach beyond its storage.
+    """
+    try:
+        tensor = source[name].float() if isinstance(source, dict) else _unpickled_tensor(source, name)
+    except KeyError:
+        raise ValueError(f"{name} is missing") from None
     if tensor.shape != shape:
         raise ValueError(f"{name} is {list(tensor.shape)}, expected {list(shape)} from its arguments")
     return tensor
 
 
-def load_edm_encoder(path_or_url, layer="dec.8x8_in1"):
-    """Load the teacher from NVIDIA's .pkl format: an EDMEncoder, frozen, float32, on the CPU.
+def read_edm_checkpoint(path):
+    """Read the file that experiments/train_edm.py writes. Returns what `read_edm_pickle` does, with a plain
+    state dict in place of the record. Raises ValueError for any other file of torch.save's."""
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        arguments = dict(saved["edm_arguments"])
+        sigma_data = float(arguments.pop("sigma_data", 0.5))
+        tensors = {f"model.{name}": tensor for name, tensor in saved["model_state_dict"].items()}
+    except Exception as error:
+        raise ValueError(f"damaged, refused or no diffusion model ({_one_line(error)}); expected "
+                         "'edm_arguments' and 'model_state_dict', tensors and plain data") from None
+    return {key: arguments[key] for key in arguments if key not in _UNUSED_ARGUMENTS}, sigma_data, tensors
 
-    path_or_url: a file, or an http(s) URL that is downloaded once into torch.hub's cache. layer: the block
-    whose output is the target; the default is the paper's, "the UNet bottleneck block before the upsampling
-    layers" (appendix D). Raises ValueError, one line that names the file, where it is damaged, of another
-    kind, lacks a tensor or the layer, asks for anything but tensors and plain data, or cannot be
-    downloaded. OSError where it cannot be opened.
+
+def load_edm(path_or_url, build):
+    """Load a diffusion model, NVIDIA's .pkl or train_edm.py's .pt, into what `build` makes, on the CPU.
+
+    build(sigma_data=..., **the network's arguments) returns a module with the network in `model`; parts of
+    the file that it does not have are left out. Returned in float32, frozen. Raises as `load_edm_encoder`.
     """
     path, hint = path_or_url, ""
     if str(path_or_url).startswith(("http://", "https://")):
         path, hint = _download(str(path_or_url)), "; delete the file to download it again"
     try:
-        arguments, sigma_data, precond = read_edm_pickle(path)
+        ours = zipfile.is_zipfile(path)  # torch.save writes a zip file, NVIDIA a bare pickle
+        arguments, sigma_data, source = (read_edm_checkpoint if ours else read_edm_pickle)(path)
         with torch.device("meta"):  # names and shapes only: nothing is allocated before they are known to fit
-            encoder = EDMEncoder(layer, sigma_data, **arguments)
-        needed = encoder.state_dict()
-        tensors = {name: find_tensor(precond, name, tensor.shape) for name, tensor in needed.items()}
-        encoder.load_state_dict(tensors, assign=True)
+            module = build(sigma_data=sigma_data, **arguments)
+        needed = module.state_dict()
+        tensors = {name: find_tensor(source, name, tensor.shape) for name, tensor in needed.items()}
+        module.load_state_dict(tensors, assign=True)
     except OSError:
         raise
     except Exception as error:  # whatever else is wrong in the file
         known = isinstance(error, ValueError)
         text = str(error) if known else f"not a usable EDM network ({_one_line(error)})"
         raise ValueError(f"{path}: {text}{hint}") from None
-    return encoder.requires_grad_(False)
+    return module.requires_grad_(False)
+
+
+def load_edm_encoder(path_or_url, layer="dec.8x8_in1"):
+    """Load the teacher, from NVIDIA's .pkl format or from experiments/train_edm.py's: an EDMEncoder, frozen.
+
+    path_or_url: a file, or an http(s) URL that is downloaded once into torch.hub's cache. layer: the block
+    whose output is the target; the default is the paper's, "the UNet bottleneck block before the upsampling
+    layers" (appendix D). Returned in float32, on the CPU. Raises ValueError, one line that names the file,
+    where it is damaged, of another kind, lacks a tensor or the layer, asks for anything but tensors and
+    plain data, or cannot be downloaded. OSError where it cannot be opened.
+    """
+    return load_edm(path_or_url, functools.partial(EDMEncoder, layer))
 
 
 def _download(url):
@@ -422,9 +467,9 @@ def _download(url):
 
 
 def main():
-    """Print what an EDM .pkl holds."""
-    parser = argparse.ArgumentParser(description="Print what an EDM .pkl holds, running nothing of it.")
-    parser.add_argument("file", help="NVIDIA's .pkl: a path or a URL")
+    """Print what a diffusion model's file holds."""
+    parser = argparse.ArgumentParser(description="Print what an EDM file holds, running nothing of it.")
+    parser.add_argument("file", help="NVIDIA's .pkl or train_edm.py's .pt: a path or a URL")
     parser.add_argument("--layer", default="dec.8x8_in1", help="block to look at (default: %(default)s)")
     args = parser.parse_args()
     try:
