@@ -251,13 +251,15 @@ class EDMEncoder(nn.Module):
 
     Frozen: no parameter requires a gradient, and nothing depends on train or eval mode. A gradient into the
     images flows where the caller asks for one. Attributes: img_resolution, label_dim (0: the network takes
-    no label), layer, width (channels at that layer). **network: SongUNetEncoder's other arguments.
+    no label), layer, width (channels at that layer), arguments (of the constructor, without `layer`).
+    **network: SongUNetEncoder's other arguments.
     """
 
     def __init__(self, layer="dec.8x8_in1", sigma_data=0.5, **network):
         super().__init__()
         self.model = SongUNetEncoder(layer, **network)
         self.layer, self.sigma_data = layer, float(sigma_data)
+        self.arguments = {"sigma_data": self.sigma_data, **network}  # to build another one like it
         self.img_resolution, self.label_dim = network["img_resolution"], self.model.label_dim
         last = list((self.model.dec or self.model.enc).values())[-1]
         self.width = (last.conv1 if isinstance(last, UNetBlock) else last).weight.shape[0]

@@ -1036,7 +1036,7 @@ def print_plan(args, data, run, teacher, total_steps):
     print(f"steps    {total_steps:,} = {total_steps / data.steps_per_epoch:g} epochs; in each {data.n_real}",
           f"real + {args.batch_size - data.n_real} synthetic images, on {data.world} process(es)")
     print(f"attack   eps {args.eps * 255:g}/255, {args.attack_steps} steps of {args.step_size * 255:g}/255")
-    about = "none: plain adversarial training"
+    about = "none: no alignment"
     if teacher:
         about = f"{args.teacher or 'random'}: {teacher.layer}, {teacher.width} wide, {size(teacher)}; "
         about += f"projector {size(run[2])}"

@@ -1099,7 +1099,7 @@ def print_plan(args, data, run, teacher, total_steps):
           f"real + {args.batch_size - data.n_real} synthetic images, on {data.world} process(es) in",
           f"{args.accumulate} piece(s)")
     print(f"attack   eps {args.eps * 255:g}/255, {args.attack_steps} steps of {args.step_size * 255:g}/255")
-    about = "none: plain adversarial training"
+    about = "none: no alignment"
     if teacher:
         about = f"{args.teacher[0] if args.teacher else 'random'}: block {teacher.layer}, {size(teacher)}; "
         about += f"projector {size(run[2])}"
