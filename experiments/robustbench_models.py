@@ -1,4 +1,4 @@
-"""RobustBench's classifiers that are not built like ours: an example of --script, for networks of other people.
+"""RobustBench's classifiers that are not built like ours: an example of --script, for networks of others.
 
     python eval_autoattack.py FILE.pt --script experiments/robustbench_models.py --arch wrn-28-10 \\
         --dataset cifar10
@@ -9,11 +9,11 @@ Whoever asks for a network gives the name of a script, and the script has `build
 dataset)`. That is all. The network takes images in [0, 1], names its parameters as the file does, and has
 `features` and `head` for the analyses. (`Classifier` makes them of `penultimate` and `head`.)
 
-    wrn-DEPTH-WIDTH      the original WideResNet, conv1, block1.layer.0.conv1, ...: Standard, and most files
-                         from before DM-AT. Files of DM-AT's kind (init_conv, layer.0.block.0...; "DMWideResNet"
-                         at RobustBench) load without this script.
-    wrn-DEPTH-WIDTH-sub  the same in files that come from the code of TRADES: it makes the first group twice and
-                         uses it once, so there is a sub_block1 that does nothing
+    wrn-DEPTH-WIDTH      the original WideResNet, conv1, block1.layer.0.conv1, ...: RobustBench's Standard and
+                         many others. Files with init_conv, layer.0.block.0... (RobustBench's DMWideResNet,
+                         and DM-AT's own) load without this script.
+    wrn-DEPTH-WIDTH-sub  the same in files that come from the code of TRADES: it makes the first group twice
+                         and uses it once, so there is a sub_block1 that does nothing
     resnet-18            ResNet-18 for 32 px, conv1, layer1.0.conv1, ..., linear. The package pyautoattack has
                          one, not ours and ready to try:
 
@@ -32,7 +32,7 @@ from torch import nn
 
 from train_cifar import Classifier  # found because whoever runs this script has imported that one before
 
-NORMALISATION = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)  # mean and deviation per channel; ((0.5,) * 3,) * 2 for 2x - 1
+NORMALISATION = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)  # mean and deviation per channel; 0.5 everywhere: 2x - 1
 
 
 class WideBlock(nn.Module):
