@@ -555,10 +555,11 @@ def run_cknna(args):
     The observation that started the paper: among RobustBench's models, those that are more robust resemble
     the diffusion model more (Fig. 1), although nothing in their training asked for it. Could that just be
     their better clean accuracy? Then they should also come to resemble a network of standard training. Fig. 9
-    is that control: give RobustBench's Standard as the FIRST checkpoint, as all are compared with the first,
-    too. Correlations are Pearson's. Raw and centred, as in `run_uniformity`. The diffusion model is asked
-    without labels: given the label, its nearest neighbours would be images of the same class, and every good
-    classifier would resemble it.
+    is that control: as all are compared with the first, too, give RobustBench's Standard as the FIRST
+    checkpoint (and leave it out for Fig. 1, which has robust models only). Correlations are Pearson's.
+
+    Raw and centred, as in `run_uniformity`. The diffusion model is asked without labels: given the label, its
+    nearest neighbours would be images of the same class, and every good classifier would resemble it.
     """
     models, encoder, (images, labels), _ = load(args)
     if args.n <= args.k:
@@ -578,18 +579,17 @@ def run_cknna(args):
     write_csv(args, "cknna.csv", rows)
 
     figure, (axes,) = new_figure(1, 3)
+    others = [{"name": models[0].name}, *rows[1:]]  # the first is not drawn; the others keep their colours
     panels = (("robust", "cknna", "the teacher", rows), ("clean", "cknna", "the teacher", rows),
-              ("robust", "cknna_first", models[0].name, rows[1:] or rows))
-    for ax, (kind, column, other, shown) in zip(axes, panels):
-        x, likeness = f"{kind}_accuracy", (column, f"{column}_centred")
-        for y, style, note in zip(likeness, "ox", ("", ", centred")):
-            plot(ax, shown, x, y, style, note)
-        ax.set(xlabel=f"{kind} accuracy [%]", ylabel=f"CKNNA with {other}, k = {args.k}",
-               title=attack_name(args) if kind == "robust" else "clean images")
-        if len(shown) > 2:  # a line through two points always fits
-            raw, centred = [torch.corrcoef(torch.tensor([[row[x], row[y]] for row in shown]).T)[0, 1]
-                            for y in likeness]
-            ax.set_title(f"{ax.get_title()}\ncorrelation {raw:.2f}, centred {centred:.2f}")
+              ("robust", "cknna_first", models[0].name, others))
+    for ax, (kind, column, other, table) in zip(axes, panels):
+        title = attack_name(args) if kind == "robust" else "clean images"
+        for y, style, note in ((column, "o", ""), (f"{column}_centred", "x", ", centred")):
+            plot(ax, table, f"{kind}_accuracy", y, style, note)
+            points = [(row[f"{kind}_accuracy"], row[y]) for row in table if y in row]
+            if len(points) > 2:  # two always lie on a line
+                title += f"\ncorrelation{note} {torch.corrcoef(torch.tensor(points).T)[0, 1]:.2f}"
+        ax.set(xlabel=f"{kind} accuracy [%]", ylabel=f"CKNNA with {other}, k = {args.k}", title=title)
     save_figure(args, figure)
 
 

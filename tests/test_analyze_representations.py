@@ -375,7 +375,7 @@ def test_rows_of_uniformity_and_cknna_are_those_of_their_functions(results, part
             assert row["cknna_first"] == pytest.approx(cknna(clean, first, 5), rel=1e-3, abs=1e-5)
     x, y = [[row[column] for row in likeness.values()] for column in ("clean_accuracy", "cknna")]
     title = results("cknna")[1][1].get_title()
-    assert f"correlation {np.corrcoef(x, y)[0, 1]:.2f}, centred" in title, "of the points in the same panel"
+    assert f"\ncorrelation {np.corrcoef(x, y)[0, 1]:.2f}\n" in title, "of the points in the same panel"
 
 
 def test_spectrum_is_that_of_perturbation_and_gradient_and_differences_are_to_first(results, parts):

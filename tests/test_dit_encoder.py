@@ -273,15 +273,14 @@ def test_wrong_inputs_are_named(encoder, reference):
         assert message in str(caught.value)
 
 
-def test_as_a_script_it_says_what_the_files_hold_or_what_is_wrong():
-    for files, code, said in (((DIT, VAE), 0, "10 classes, 32 wide"), ((VAE, VAE), 2, "expected a LightningDiT")):
-        command = [sys.executable, "dit_encoder.py", *map(str, files), str(STATS), "--layer", "1"]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == code and said in done.stdout + done.stderr
-        assert len(done.stderr.splitlines()) == (1 if code else 0)
+def test_as_a_script_it_says_what_is_wrong():
+    command = [sys.executable, "dit_encoder.py", str(VAE), str(VAE), str(STATS)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    assert "expected a LightningDiT checkpoint, this is a VA-VAE" in done.stderr
 
 
-def test_channels_that_are_too_large_are_found(reference, tmp_path, monkeypatch, capsys):
+def test_as_a_script_it_finds_the_channels_that_are_too_large(reference, tmp_path, monkeypatch, capsys):
     """Appendix D, on a network two of whose channels were made large, with images of any size in folders."""
     (tmp_path / "class").mkdir()
     for i, image in enumerate(reference["image_uint8"].numpy()):
@@ -294,13 +293,14 @@ def test_channels_that_are_too_large_are_found(reference, tmp_path, monkeypatch,
     main()
     out = capsys.readouterr().out
     found = [line.split() for line in out.splitlines()[-10:]]  # channel, norm, over the median, how often
-    assert "3 images" in out and [line[0] for line in found[:2]] == ["7", "21"]
+    assert "10 classes, 32 wide" in out and "64 px" in out and "3 images" in out
+    assert [line[0] for line in found[:2]] == ["7", "21"]
     assert float(found[0][2]) > 80 > float(found[1][2]) > 40 > 5 > float(found[2][2])
     assert found[0][3] == found[1][3] == "100%"
     norms = channel_norms(load_dit_encoder(*files, 2, (), None, None), tmp_path)
     assert norms.shape == (3, 32) and float(found[0][1]) == pytest.approx(norms[:, 7].mean().item(), rel=1e-4)
     (tmp_path / "class" / "3.jpg").write_text("no image")
-    for folder, message in ((tmp_path, "3.jpg: cannot be read"), (tmp_path / "none", "none: expected images")):
+    for folder, message in ((tmp_path, "3.jpg: cannot be read"), (tmp_path / "none", "none: expected image")):
         monkeypatch.setattr(sys, "argv", [*command, str(folder)])
         with pytest.raises(SystemExit, match="2"):
             main()
