@@ -2,6 +2,7 @@
 
     DIT=lightningdit-xl-imagenet256-800ep.pt VAE=vavae-imagenet256-f16d32-dinov2.pt STATS=latents_stats.pt
     python dit_encoder.py $DIT $VAE $STATS           # what the files hold; nothing inside them is run
+    python dit_encoder.py $DIT $VAE $STATS --images DIR      # which channels are too large on these images
 
     encoder = load_dit_encoder(dit_path, vae_path, stats_path)
     target = encoder(images, labels, t=0.9)          # images [B, 3, 256, 256] in [0, 1] -> [B, 1152]
@@ -28,10 +29,12 @@ import argparse
 import contextlib
 import math
 import sys
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from tqdm import tqdm
 
 EPS = 1e-6  # in all norms, of both networks
 
@@ -426,6 +429,7 @@ def build_dit(tensors, layer, num_heads):
     if not 0 <= layer < depth:
         raise ValueError(f"has {depth} blocks, expected layer {layer} to be one of 0 to {depth - 1}")
     tokens, head_width = tensors["feat_rope.freqs_cos"].shape
+    num_heads = num_heads or width // head_width
     if width != num_heads * head_width:
         raise ValueError(f"is {width} wide with {head_width} per head: it has {width // head_width} heads, "
                          f"not num_heads={num_heads}")
@@ -441,9 +445,9 @@ def load_dit_encoder(dit_path, vae_path, stats_path, layer=14, zero_channels=(10
     dit_path: LightningDiT's .pt. vae_path: VA-VAE's .pt, of which decoder and losses are ignored.
     stats_path: a .pt with `mean` and `std` [1, C, 1, 1]. layer, zero_channels: the block whose input is the
     target and the channels to silence; the paper states both for the released XL/1 checkpoint (appendix D).
-    num_heads, image_size: what the networks were trained with. Raises ValueError, one line that names the
-    file, where it is damaged, of another kind, lacks a tensor or does not fit the others. OSError where it
-    cannot be opened.
+    num_heads, image_size: what the networks were trained with; None: what the files say. Raises ValueError,
+    one line that names the file, where it is damaged, of another kind, lacks a tensor or does not fit the
+    others. OSError where it cannot be opened.
     """
     with naming(dit_path):
         tensors = read_tensors(dit_path, "a LightningDiT checkpoint")
@@ -460,10 +464,12 @@ def load_dit_encoder(dit_path, vae_path, stats_path, layer=14, zero_channels=(10
         with torch.device("meta"):
             vae = build_vae(tensors)
         fill(vae, tensors, ("encoder.", "quant_conv."))
+        patch, factor = dit.x_embedder.proj.kernel_size[0], 2 ** (len(vae.encoder.down) - 1)
+        image_size = image_size or round(tokens**0.5) * patch * factor
         encoder = DiTEncoder(vae, dit, image_size, zero_channels)
         (channels, side, _), made = encoder.latent_shape, vae.quant_conv.out_channels // 2
-        fits = (side // dit.x_embedder.proj.kernel_size[0]) ** 2 == tokens and made == channels
-        if not fits or image_size % 2 ** (len(vae.encoder.down) - 1):
+        fits = (side // patch) ** 2 == tokens and made == channels
+        if not fits or image_size % factor:
             raise ValueError(f"makes {side} x {side} latents of image_size={image_size}, {made} channels, "
                              f"{dit_path} takes {tokens} tokens from {channels} channels")
     with naming(stats_path):
@@ -475,25 +481,65 @@ def load_dit_encoder(dit_path, vae_path, stats_path, layer=14, zero_channels=(10
     return encoder
 
 
+@torch.no_grad()
+def channel_norms(encoder, folder, t=0.9):
+    """Size of each channel of the state that enters block `layer`: float32 [images, width], on the CPU.
+
+    folder: with images anywhere below it; their shorter side is resized and their centre cropped. Size is the
+    root mean square over an image's tokens. The network gets no labels, and the same noise every time. Raises
+    ValueError for a folder without images or a file that is none.
+    """
+    from torchvision import datasets, transforms
+    paths = [path for path in sorted(Path(folder).rglob("*"))
+             if path.suffix.lower() in datasets.folder.IMG_EXTENSIONS]
+    if not paths:
+        raise ValueError(f"{folder}: expected images in this folder or below")
+    size, device = encoder.image_size, encoder.kept.device
+    prepare, norms = transforms.Compose([transforms.Resize(size), transforms.CenterCrop(size),
+                                         transforms.ToTensor()]), []
+    for start in tqdm(range(0, len(paths), 16), desc="images", unit="batch", disable=None):
+        images = []
+        for path in paths[start:start + 16]:
+            try:
+                images.append(prepare(datasets.folder.default_loader(path)))
+            except Exception as error:  # a damaged file can fail in any way
+                raise ValueError(f"{path}: cannot be read as an image ({type(error).__name__})") from None
+        random = torch.Generator().manual_seed(start)
+        noise = torch.randn((len(images), *encoder.latent_shape), generator=random)
+        hidden, _ = encoder.activations(torch.stack(images).to(device), None, t, noise.to(device))
+        norms.append(hidden.square().mean(dim=1).sqrt().cpu())
+    return torch.cat(norms)
+
+
 def main():
-    """Print what three files hold."""
+    """Print what three files hold, and with --images the channels that are largest."""
     parser = argparse.ArgumentParser(description="Print what the files of a teacher hold, running nothing.")
     parser.add_argument("dit", help="LightningDiT's .pt")
     parser.add_argument("vae", help="VA-VAE's .pt")
     parser.add_argument("stats", help="latents_stats.pt")
     parser.add_argument("--layer", type=int, default=14, help="block to stop at (default: %(default)s)")
+    parser.add_argument("--images", metavar="DIR", help="find the channels that are largest on these images")
     args = parser.parse_args()
     try:
-        encoder = load_dit_encoder(args.dit, args.vae, args.stats, args.layer)
+        encoder = load_dit_encoder(args.dit, args.vae, args.stats, args.layer, (), None, None)
+        count = lambda module: f"{sum(p.numel() for p in module.parameters()) / 1e6:.1f}M parameters"
+        print(f"{args.dit}: {encoder.num_classes} classes, {encoder.width} wide, "
+              f"{count(encoder.dit)} up to block {encoder.layer}")
+        print(f"{args.vae}: {encoder.image_size} px -> latents {list(encoder.latent_shape)}, "
+              f"{count(encoder.vae)} in the encoder")
+        print(f"{args.stats}: std of the latents' channels "
+              f"{encoder.std.min():.2f} to {encoder.std.max():.2f}")
+        if args.images:
+            norms = channel_norms(encoder.to("cuda" if torch.cuda.is_available() else "cpu"), args.images)
+            mean, ten = norms.mean(dim=0), norms.topk(10).indices
+            print(f"{args.images}: {len(norms)} images. Largest channels of what enters block {args.layer}:\n"
+                  "norm, times the median channel's, and in how many images among the ten largest")
+            for channel in mean.topk(10).indices:
+                often = (ten == channel).any(dim=1).float().mean()
+                print(f"{channel:6} {mean[channel]:9.3f} {mean[channel] / mean.median():9.1f} {often:9.0%}")
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    count = lambda module: f"{sum(p.numel() for p in module.parameters()) / 1e6:.1f}M parameters"
-    print(f"{args.dit}: {encoder.num_classes} classes, {encoder.width} wide, "
-          f"{count(encoder.dit)} up to block {encoder.layer}")
-    print(f"{args.vae}: {encoder.image_size} px -> latents {list(encoder.latent_shape)}, "
-          f"{count(encoder.vae)} in the encoder")
-    print(f"{args.stats}: std of the latents' channels {encoder.std.min():.2f} to {encoder.std.max():.2f}")
 
 
 if __name__ == "__main__":

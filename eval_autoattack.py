@@ -99,7 +99,7 @@ def parse_args(argv=None):
     add("checkpoint", help="of these scripts, of DM-AT, or of RobustBench")
     add("--arch", help="as in the training script; taken from the checkpoint if it says so")
     add("--dataset", choices=list(BENCHMARKS), help="taken from the checkpoint if it says so")
-    add("--script", help="a modified copy of a training script, whose build_model makes the network")
+    add("--script", help="whose build_model makes the network; by default the training script of its data")
     add("--weights", choices=["averaged", "raw"], default="averaged", help="which set of a checkpoint's two")
     # On which images.
     add("--data-dir", default="data", help="CIFAR: as in train_cifar.py; ImageNet: a folder with val/ in it")
@@ -481,8 +481,8 @@ def load_imagenet(folder, image_list, n, num_classes=1000, image_size=224, class
     be num_classes, with class_names, if the checkpoint knows their names. Returns images float32 [N, 3, H, W]
     in [0, 1] and labels int64 [N]. Raises InputError, and OSError where val/ or the list is not there.
     """
-    from torchvision import datasets, transforms
-    val = datasets.ImageFolder(folder / "val", allow_empty=True)
+    from torchvision.datasets import ImageFolder
+    val = ImageFolder(folder / "val", allow_empty=True)
     if len(val.classes) != num_classes:
         raise InputError(f"{val.root}: has {len(val.classes)} class folders, expected {num_classes}")
     if class_names not in (None, val.classes):
@@ -496,18 +496,24 @@ def load_imagenet(folder, image_list, n, num_classes=1000, image_size=224, class
         paths = [folder / "val" / line.split()[0].removeprefix("val/") for line in lines if line.strip()]
     if not paths or len(set(paths)) < len(paths):
         raise InputError(f"{image_list or val.root}: names no image, or one twice")
-    prepare = transforms.Compose([transforms.Resize(round(image_size * 256 / 224)),
-                                  transforms.CenterCrop(image_size), transforms.ToTensor()])
     images, labels = [], []
     for path in tqdm(paths[:n], desc="reading images", disable=None):
         if path.parent.name not in val.class_to_idx:
             raise InputError(f"{image_list}: {path} is in no class folder of {val.root}")
         labels.append(val.class_to_idx[path.parent.name])
-        try:
-            images.append(prepare(val.loader(path)))
-        except Exception as error:  # a damaged image can fail in any way
-            raise InputError(f"{path}: cannot be read as an image ({type(error).__name__})") from None
+        images.append(read_imagenet(path, image_size))
     return torch.stack(images), torch.tensor(labels)
+
+
+def read_imagenet(path, size=224):
+    """An image file -> float32 [3, size, size] in [0, 1], resized and cropped as above. Raises InputError."""
+    from torchvision import datasets, transforms
+    prepare = transforms.Compose([transforms.Resize(round(size * 256 / 224)), transforms.CenterCrop(size),
+                                  transforms.ToTensor()])
+    try:
+        return prepare(datasets.folder.default_loader(path))
+    except Exception as error:  # a damaged image can fail in any way
+        raise InputError(f"{path}: cannot be read as an image ({type(error).__name__})") from None
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -9,22 +9,44 @@
     sae         Fig. 6         do features split into a few readable ones? (without --teacher)
     dims        Fig. 7, Tab. 3 how many directions of feature space are used? (without --teacher)
     curves      -              how did training go? (takes run folders instead of checkpoints)
+    sweep       Fig. 8         what does lambda, the weight of the alignment, do? (takes run folders)
 
 The paper's story in one paragraph: adversarial training makes features stable but poor, while the features of
 a diffusion model are diverse and, without ever having seen an attack, mildly robust. Pulling the classifier's
 features towards them (DRA) should therefore give back some of the lost diversity. These commands put numbers
 on each step. "Features" are always the penultimate ones, which the last linear layer turns into logits.
 
-A checkpoint is anything that eval_autoattack.py takes: ours, DM-AT's or RobustBench's. EDM.pkl is the teacher
-of train_cifar.py. Each command writes its settings, tables and a figure to --out (COMMAND.json, .csv, .png).
-Robust accuracy here comes from a plain PGD, which is good enough to compare networks side by side and too
-weak to quote: for that there is AutoAttack.
+A checkpoint is anything that eval_autoattack.py takes: ours, DM-AT's or RobustBench's, and others through
+--script (robustbench_models.py is an example). EDM.pkl is the teacher of train_cifar.py. Each command writes
+its settings, tables and a figure to --out (COMMAND.json, .csv, .png). Robust accuracy here comes from a
+plain PGD, which is good enough to compare networks side by side and too weak to quote: for that there is
+AutoAttack.
+
+Fig. 3 and 4 also have a standard classifier, and an EDM that was trained without labels:
+
+    python train_cifar.py --attack-steps 0 --beta 0 --dra-weight 0 --out runs/standard
+    UNCOND=https://nvlabs-fi-cdn.nvidia.com/edm/pretrained/edm-cifar10-32x32-uncond-vp.pkl
+    for COMMAND in uniformity spectrum probe; do
+        python experiments/analyze_representations.py $COMMAND runs/standard/best.pt at/best.pt \
+            --teacher $UNCOND --out analysis/standard
+    done
+
+Fig. 8 is a sweep on CIFAR-100 (section 5.6). These values of lambda are our choice:
+
+    for LAMBDA in 0 0.25 0.5 1 2 4; do
+        python train_cifar.py --dataset cifar100 --arch wrn-28-10 --synthetic 1m.npz --batch-size 512 \
+            --epochs 400 --dra-weight $LAMBDA --out runs/lambda-$LAMBDA
+        python eval_autoattack.py runs/lambda-$LAMBDA/best.pt
+    done
+    python experiments/analyze_representations.py sweep runs/lambda-*
 """
 import argparse
 import csv
+import hashlib
 import json
 import math
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -33,12 +55,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torchvision.datasets import ImageFolder
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project's root, for the imports below
 from edm_encoder import load_edm_encoder
-from eval_autoattack import BENCHMARKS, InputError, fraction, load_classifier, load_images
-from train_cifar import HOLDOUT, generator, pgd
+from eval_autoattack import (BENCHMARKS, InputError, fraction, load_classifier, load_images, read_checkpoint,
+                             read_imagenet)
+from train_cifar import HOLDOUT, SELECTION_STEPS, generator, pgd
 
 plt.switch_backend("agg")  # draws into files, so no display is needed
 
@@ -47,6 +71,7 @@ plt.switch_backend("agg")  # draws into files, so no display is needed
 
 ATTACKING = ("uniformity", "cknna", "spectrum", "probe", "dims")  # commands that attack the networks
 ASKING = ("uniformity", "cknna", "spectrum", "probe")  # commands that look at the diffusion teacher, too
+READING = ("curves", "sweep")  # commands that read what training runs left, and compute nothing
 # Some commands fit something (a linear probe, an autoencoder, principal components): on this many images.
 FITTING = {"uniformity": 5000, "spectrum": 5000, "probe": 5000, "sae": 50_000, "dims": 5000}
 PROBE_DECAY = 1e-3  # weight of the linear probe's squared weights, on standardised features (chosen)
@@ -63,18 +88,18 @@ def add_flags(add, command):
     """Declare the flags of one command. add: its parser's `add_argument`."""
     add("--out", default="analysis", help="folder for settings, tables and figure")
     add("--names", nargs="+", help="of checkpoints or runs, in place of their folders and files")
-    if command == "curves":
-        add("runs", nargs="+", help="folders of training runs, or their log.csv files")
+    if command in READING:
+        add("runs", nargs="+", help="folders of training runs (curves: or their log.csv files)")
         return
     alone = command in ("uniformity", "spectrum", "probe")  # these make sense for the teacher alone, too
     add("checkpoints", nargs="*" if alone else "+", help="of our scripts, DM-AT or RobustBench")
     add("--arch", nargs="+", help="one for all or one each; taken from the checkpoint if it says so")
     add("--dataset", choices=list(BENCHMARKS), help="taken from the checkpoint if it says so (else cifar10)")
-    add("--script", help="a modified copy of a training script, whose build_model makes the networks")
+    add("--script", nargs="+", help="whose build_model makes the networks; one for all or one each")
     add("--weights", choices=["averaged", "raw"], default="averaged", help="which of a checkpoint's two")
     add("--data-dir", default="data", help="as in eval_autoattack.py")
-    add("--image-list", help="ImageNet: as in eval_autoattack.py; images to fit on come from it, too")
-    add("--n", type=int, default=1000, help="test images: the first ones")
+    add("--image-list", help="ImageNet: as in eval_autoattack.py")
+    add("--n", type=int, default=1000, help="test images: the first ones (ImageNet: drawn from those listed)")
     add("--batch-size", type=int, default=250, help="images computed together")
     add("--seed", type=int, default=0, help="of every random draw")
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -116,22 +141,24 @@ def parse_args(argv=None):
     if (getattr(args, "eps", None) or 0) >= 1:
         parser.error("--eps: expected less than 1, such as 8/255")
 
-    paths = args.runs if args.command == "curves" else args.checkpoints
+    reading = args.command in READING
+    paths = args.runs if reading else args.checkpoints
     folders = [Path(path.removesuffix("log.csv")).resolve() for path in paths]
-    args.names = args.names or [path.name if args.command == "curves" else f"{path.parent.name}/{path.stem}"
+    args.names = args.names or [path.name if reading else f"{path.parent.name}/{path.stem}"
                                 for path in folders]
     if not len(set(args.names)) == len(args.names) == len(paths):
         parser.error(f"--names: expected {len(paths)}, all different, got {' '.join(args.names)}")
-    if args.command == "curves":
+    if reading:
         return args
     if not paths and not args.teacher:
         parser.error(f"{args.command}: expected a checkpoint, --teacher FILE, or both")
     if args.command in ("uniformity", "spectrum") and not args.teacher:
         args.n_train = 0  # they fit nothing but the teacher's probe
-    archs = args.arch or [None]
-    args.arch = archs * len(paths) if len(archs) == 1 else archs
-    if len(args.arch) != len(paths):
-        parser.error(f"--arch: gives {len(args.arch)}, expected 1 or {len(paths)}, one for each checkpoint")
+    for flag in ("arch", "script"):
+        given = getattr(args, flag) or [None]
+        if len(given) not in (1, len(paths)):
+            parser.error(f"--{flag}: gives {len(given)}, expected 1 or {len(paths)}, one for each checkpoint")
+        setattr(args, flag, given * len(paths) if len(given) == 1 else given)
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: no CUDA device is available here; use --device cpu")
     return args
@@ -149,8 +176,8 @@ def load(args):
     open is filled in: args.info (data set and classes), args.eps, and in args.n and args.n_train how many
     images there really are. Raises InputError for a wrong file and for checkpoints that cannot be compared.
     """
-    models = [load_classifier(path, arch, args.dataset, args.script, args.weights).to(args.device)
-              for path, arch in zip(args.checkpoints, args.arch)]
+    models = [load_classifier(path, arch, args.dataset, script, args.weights).to(args.device)
+              for path, arch, script in zip(args.checkpoints, args.arch, args.script)]
     for path, model, name in zip(args.checkpoints, models, args.names):
         model.name = name
         if judged_on(model.info) != judged_on(models[0].info):
@@ -178,9 +205,10 @@ def judged_on(info):
 def load_data(args):
     """((test images, labels), (images to fit on, labels)), the second None where nothing is fitted.
 
-    Images float32 [N, 3, H, W] in [0, 1], labels int64 [N], on the CPU. For CIFAR these are the first --n
-    test and the first --n-train training images: what is fitted must not have seen the images it is judged
-    on. ImageNet's training set is too large to read for this, so its listed test images are split at random.
+    Images float32 [N, 3, H, W] in [0, 1], labels int64 [N], on the CPU. What is fitted must not have seen the
+    images it is judged on, so --n test images are for the one and --n-train training images for the other.
+    CIFAR's are the first ones. ImageNet's files are sorted by class, and so its images are drawn; those to
+    fit on stay on the disk.
     """
     def read(n, split):
         source = SimpleNamespace(data_dir=args.data_dir, image_list=args.image_list, n=n)
@@ -189,11 +217,30 @@ def load_data(args):
     if args.info.dataset != "imagenet":
         return read(args.n, "test"), read(n_train, "train") if n_train else None
     images, labels = read(None, "test")
-    order = torch.randperm(len(images), generator=generator(args.seed, 0, "split"))
-    if n_train and len(order) < args.n + 10:
-        raise InputError(f"--n {args.n}: {len(order)} images are listed, expected ten more to fit on")
-    test, fit = order[:args.n], order[args.n:args.n + n_train]
-    return (images[test], labels[test]), (images[fit], labels[fit]) if n_train else None
+    drawn = torch.randperm(len(images), generator=generator(args.seed, 0, "test images"))[:args.n]
+    fit = ImagesOnDisk(args) if n_train else None
+    return (images[drawn], labels[drawn]), (fit, fit.labels) if n_train else None
+
+
+class ImagesOnDisk:
+    """--n-train of ImageNet's training images, read whenever a batch is asked for: images[10:20] is float32
+    [10, 3, H, W] in [0, 1]. So the features of each network take a pass over the files. 100,000 images in
+    memory would be 60 GB."""
+
+    def __init__(self, args):
+        self.size = args.info.args.get("image_size", 224)
+        files = ImageFolder(Path(args.data_dir, "train")).samples
+        drawn = torch.randperm(len(files), generator=generator(args.seed, 0, "training images"))
+        self.paths, labels = zip(*[files[i] for i in drawn[:args.n_train]])
+        self.labels = torch.tensor(labels)
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, batch):
+        with ThreadPoolExecutor() as pool:  # decoding does not hold Python's lock
+            images = pool.map(lambda path: read_imagenet(path, self.size), self.paths[batch])
+            return torch.stack(list(images))
 
 
 def load_teacher(args, images):
@@ -342,7 +389,7 @@ def claim(args):
         raise InputError(f"{path}: is there already, finished or with other settings; choose another --out")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
-    if args.command != "curves":
+    if args.command not in READING:
         attacked = f", {attack_name(args)}" if args.command in ATTACKING else ""
         print(f"{args.command}: {args.info.dataset}, {args.weights} weights, {args.n} test images{attacked}")
 
@@ -378,11 +425,13 @@ def new_figure(rows, columns):
 
 def plot(ax, rows, x, y, style="o-", note="", by="name"):
     """Draw column y of a table over column x: a line (or point) of its own for each value of column `by`."""
-    for i, name in enumerate(dict.fromkeys(row[by] for row in rows)):
+    names = list(dict.fromkeys(row[by] for row in rows))
+    for i, name in enumerate(names):
         points = [(row[x], row[y]) for row in rows if row[by] == name and y in row]
         if points:
             ax.plot(*zip(*points), style, color=f"C{i % 10}", label=f"{name}{note}")
-            ax.legend(fontsize=8)
+            if len(names) <= 12:  # more would cover the points; they are in the table
+                ax.legend(fontsize=8)
 
 
 def log_axis(ax, values):
@@ -505,7 +554,10 @@ def run_cknna(args):
 
     The observation that started the paper: among RobustBench's models, those that are more robust resemble
     the diffusion model more (Fig. 1), although nothing in their training asked for it. Could that just be
-    their better clean accuracy? Fig. 9 is the paper's control, and clean accuracy stands in the table, too.
+    their better clean accuracy? Then they should also come to resemble a network of standard training. Fig. 9
+    is that control: as all are compared with the first, too, give RobustBench's Standard as the FIRST
+    checkpoint (and leave it out for Fig. 1, which has robust models only). Correlations are Pearson's.
+
     Raw and centred, as in `run_uniformity`. The diffusion model is asked without labels: given the label, its
     nearest neighbours would be images of the same class, and every good classifier would resemble it.
     """
@@ -514,19 +566,30 @@ def run_cknna(args):
         raise InputError(f"--k {args.k}: there are {args.n} images, expected more than k")
     claim(args)
     target = features_of(ProbedTeacher(encoder, args.teacher_sigma, args.seed).to(args.device), images, args)
-    rows = []
+    rows, first = [], None
     for model in models:
         clean, _, accuracies = compare(args, model, images, labels)
-        centred = cknna(clean - clean.mean(dim=0), target - target.mean(dim=0), args.k)
-        record(rows, name=model.name, n=args.n, k=args.k,
-               cknna=cknna(clean, target, args.k), cknna_centred=centred, **accuracies)
+        first = clean if first is None else first
+        likeness = {}
+        for column, other in (("cknna", target), ("cknna_first", first)):
+            likeness[column] = cknna(clean, other, args.k)
+            a, b = clean - clean.mean(dim=0), other - other.mean(dim=0)
+            likeness[f"{column}_centred"] = cknna(a, b, args.k)
+        record(rows, name=model.name, n=args.n, k=args.k, **likeness, **accuracies)
     write_csv(args, "cknna.csv", rows)
 
-    figure, (axes,) = new_figure(1, 2)
-    for ax, kind, title in ((axes[0], "robust", attack_name(args)), (axes[1], "clean", "clean images")):
-        plot(ax, rows, f"{kind}_accuracy", "cknna", "o")
-        plot(ax, rows, f"{kind}_accuracy", "cknna_centred", "x", note=", centred")
-        ax.set(xlabel=f"{kind} accuracy [%]", ylabel=f"CKNNA with the teacher, k = {args.k}", title=title)
+    figure, (axes,) = new_figure(1, 3)
+    others = [{"name": models[0].name}, *rows[1:]]  # the first is not drawn; the others keep their colours
+    panels = (("robust", "cknna", "the teacher", rows), ("clean", "cknna", "the teacher", rows),
+              ("robust", "cknna_first", models[0].name, others))
+    for ax, (kind, column, other, table) in zip(axes, panels):
+        title = attack_name(args) if kind == "robust" else "clean images"
+        for y, style, note in ((column, "o", ""), (f"{column}_centred", "x", ", centred")):
+            plot(ax, table, f"{kind}_accuracy", y, style, note)
+            points = [(row[f"{kind}_accuracy"], row[y]) for row in table if y in row]
+            if len(points) > 2:  # two always lie on a line
+                title += f"\ncorrelation{note} {torch.corrcoef(torch.tensor(points).T)[0, 1]:.2f}"
+        ax.set(xlabel=f"{kind} accuracy [%]", ylabel=f"CKNNA with {other}, k = {args.k}", title=title)
     save_figure(args, figure)
 
 
@@ -576,8 +639,9 @@ def run_spectrum(args):
     coarse ones. Pre-training that reconstructs pixels (MAE) is known to favour the fine ones, which would
     speak against diffusion features. Fig. 3a says that it does not apply: their spectrum resembles that of a
     robust network. Later checkpoints are compared with the first: "dra - at" is blue where alignment made the
-    network less sensitive. With such a comparison Fig. 10 shows that a target trained to classify noisy
-    images, instead of denoising them, raises the sensitivity to middle and high frequencies.
+    network less sensitive. Fig. 10 is DM-AT and, against it, alignment with either of two teachers: the
+    diffusion model, and a classifier of noisy images (ablate_teacher.py), which raises the sensitivity to
+    middle and high frequencies. Give the three checkpoints in this order.
     """
     models, encoder, (images, labels), fit = load(args)
     claim(args)
@@ -745,7 +809,7 @@ def train_sae(features, latents, k, steps, seed):
     sae = TopKSAE(features.shape[1], latents, k, random).to(features.device)
     optimizer = torch.optim.Adam(sae.parameters(), lr=SAE_RATE)
     for step in tqdm(range(steps), desc=f"sparse autoencoder, k = {k}", disable=None, leave=False):
-        x = features[torch.randint(len(features), (SAE_BATCH,), generator=random).to(features.device)]
+        x = features[torch.randint(len(features), (SAE_BATCH,), generator=random).to(features.device)].float()
         optimizer.param_groups[0]["lr"] = SAE_RATE * min(1, 5 * (1 - step / steps))
         optimizer.zero_grad()
         (sae(x) - x).square().sum(dim=1).mean().backward()
@@ -784,17 +848,18 @@ def run_sae(args):
     for model in models:
         train, test = features_of(model, fit_images, args), features_of(model, images, args)
         # The loss does not depend on the features' scale, but Adam's steps do. One number for all dimensions:
-        # their relative sizes are a part of what is to be explained.
+        # their relative sizes are a part of what is to be explained. Then float16 is precise enough to keep.
         mean, scale = train.mean(dim=0), (train - train.mean(dim=0)).square().mean().sqrt()
-        train, test = (train - mean) / scale, (test - mean) / scale
+        train, test = ((train - mean) / scale).half(), (test - mean) / scale
         for k in sorted(args.ks):
             sae = train_sae(train, args.expansion * train.shape[1], k, args.sae_steps, args.seed)
-            parts = train.split(SAE_BATCH)  # the codes of all training images at once would fill the memory
-            fired = torch.stack([(sae.encode(part) > 0).any(dim=0) for part in parts]).any(dim=0)
-            rebuilt = torch.cat([sae(part) for part in parts])
+            # In pieces: the codes of all training images at once would fill the memory.
+            fired = torch.stack([(sae.encode(part.float()) > 0).any(dim=0)
+                                 for part in train.split(SAE_BATCH)]).any(dim=0)
+            rebuilt = torch.cat([sae(part.float()) for part in train.split(SAE_BATCH)])
             record(rows, name=model.name, k=k, latents=len(fired), n_train=args.n_train, n=args.n,
                    normalised_loss=normalised_loss(sae(test), test),
-                   normalised_loss_train=normalised_loss(rebuilt, train),
+                   normalised_loss_train=normalised_loss(rebuilt, train.float()),
                    dead_latents=(~fired).double().mean().item())
     write_csv(args, "sae.csv", rows)
 
@@ -938,11 +1003,59 @@ def run_curves(args):
     save_figure(args, figure)
 
 
+def judge(run, name):
+    """A training run's lambda, and the accuracies that its best.pt has: a row of the table.
+
+    AutoAttack's, if eval_autoattack.py has left them beside best.pt, else those by which best.pt was selected
+    (in log.csv). Raises KeyError and other errors where there are none, InputError for those of another file.
+    """
+    best, judged = Path(run, "best.pt"), Path(run, "best.pt.autoattack", "result.json")
+    row = {"name": name, "dra_weight": read_checkpoint(best)["args"]["dra_weight"]}
+    if judged.exists():
+        result = json.loads(judged.read_text())
+        if result["settings"]["checkpoint"] != hashlib.sha256(best.read_bytes()).hexdigest()[:16]:
+            raise InputError(f"{judged}: is of an earlier best.pt, expected AutoAttack's result on this one")
+        attacks = " ".join(result["settings"]["attacks"] or ["AutoAttack"])
+        return row | {"judged_by": f"{attacks}, eps {result['eps']}, {result['images']} test images",
+                      "clean_accuracy": float(result["clean_acc"]),
+                      "robust_accuracy": result["robust_accuracy"]}
+    selected = max((entry for entry in read_log(run, name) if "holdout_robust" in entry),
+                   key=lambda entry: (entry["holdout_robust"], entry["step"]))
+    return row | {"judged_by": f"PGD-{SELECTION_STEPS}, held-out training images",
+                  "clean_accuracy": selected["holdout_clean"], "robust_accuracy": selected["holdout_robust"]}
+
+
+def run_sweep(args):
+    """Fig. 8: clean and robust accuracy against lambda, the weight of the alignment in eq. (4).
+
+    Lambda = 0 is training without alignment. The paper finds gains over it for every lambda, which saturate
+    where the alignment begins to outweigh the adversarial loss. Runs that AutoAttack has judged and others
+    have a line each, since accuracies under two attacks on two sets of images cannot be compared.
+    """
+    rows = []
+    for run, name in zip(args.runs, args.names):
+        try:
+            record(rows, **judge(run, name))
+        except (InputError, OSError):
+            raise
+        except Exception as error:  # there are many ways not to be the folder of a run
+            raise InputError(f"{run}: no run of ours with a selected best.pt ({error!r})") from None
+    claim(args)
+    rows.sort(key=lambda row: row["dra_weight"])
+    write_csv(args, "sweep.csv", rows)
+
+    figure, (axes,) = new_figure(1, 2)
+    for ax, kind in zip(axes, ("clean", "robust")):
+        plot(ax, rows, "dra_weight", f"{kind}_accuracy", by="judged_by")
+        ax.set(xlabel="lambda (--dra-weight)", ylabel=f"{kind} accuracy [%]")
+    save_figure(args, figure)
+
+
 # ------------------------------------------------------------------------------------------------------------
 # The command line.
 
 COMMANDS = {"uniformity": run_uniformity, "cknna": run_cknna, "spectrum": run_spectrum, "probe": run_probe,
-            "sae": run_sae, "dims": run_dims, "curves": run_curves}
+            "sae": run_sae, "dims": run_dims, "curves": run_curves, "sweep": run_sweep}
 
 
 def main(argv=None):

@@ -1,12 +1,17 @@
 """The analyses on inputs whose answers are known, and each command from checkpoint to figure."""
 import csv
+import hashlib
 import itertools
+import json
 import math
+import runpy
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pyautoattack
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,11 +19,13 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).parent.parent / "experiments"))
 import analyze_representations as analyze
 import train_cifar
+import train_imagenet
 from analyze_representations import (InputError, ProbedTeacher, TopKSAE, accuracy_by_rank, alignment, cknna,
                                      classification_dimension, frequency_map, linear_probe, normalised_loss,
                                      pooled_activations, principal_components, radial_profile,
                                      robust_dimension, train_sae, unbiased_hsic, uniformity)
 from edm_encoder import load_edm_encoder
+from eval_autoattack import load_classifier, load_imagenet
 
 FIXTURES = Path(__file__).parent / "fixtures"
 EDM = str(FIXTURES / "edm_tiny_cond_vp.pkl")
@@ -256,7 +263,7 @@ def runs(tmp_path_factory):
              "train_robust": 30.0, "images_per_s": 9.0},
             {"step": 34, "epoch": 2.0, "lr": 0.0, "loss": 0.5, "trades": 1.4, "train_clean": 50.0,
              "train_robust": 35.0, "images_per_s": 9.0, "holdout_clean": 51.0, "holdout_robust": 33.0})
-    for name, weight in (("at", "0"), ("dra", "1")):
+    for name, weight in (("at", "0"), ("dra", "1"), ("strong", "4")):
         args = train_cifar.parse_args(["--smoke", "--dra-weight", weight])
         (folder / name).mkdir()
         device = torch.device("cpu")
@@ -264,29 +271,31 @@ def runs(tmp_path_factory):
         for parameter in run[1].parameters():
             parameter.data += 0.05 * normal(*parameter.shape, seed=len(name))
         train_cifar.save_atomically(train_cifar.checkpoint(args, run, 34, rows), folder / name / "best.pt")
-        aligned = {"cosine": 0.9} if name == "dra" else {}
+        aligned = {"cosine": 0.9} if name != "at" else {}
         train_cifar.write_log(folder / name / "log.csv", [row | aligned for row in rows], 0)
     return folder
 
 
+THREE = ("cknna", "spectrum", "sweep")  # commands that get three networks or runs
 SMALL = ["--n", "24", "--batch-size", "16", "--device", "cpu"]
 PROBED = ["--teacher", EDM, "--n-train", "40", "--steps", "1"]
 FLAGS = {"uniformity": PROBED, "cknna": ["--teacher", EDM, "--steps", "1", "--k", "5"], "spectrum": PROBED,
          "probe": [*PROBED, "--sigmas", "0.5", "0.1"],
          "sae": ["--n-train", "40", "--ks", "4", "2", "--sae-steps", "5"],
-         "dims": ["--n-train", "40", "--steps", "1"], "curves": []}
+         "dims": ["--n-train", "40", "--steps", "1"], "curves": [], "sweep": []}
 
 
 def given(command, runs):
     """The command line, less --out."""
-    if command == "curves":
-        return [command, str(runs / "at"), str(runs / "dra")]
-    return [command, str(runs / "at" / "best.pt"), str(runs / "dra" / "best.pt"), *SMALL, *FLAGS[command]]
+    names = ["at", "dra", "strong"][:3 if command in THREE else 2]
+    if command in ("curves", "sweep"):
+        return [command, *(str(runs / name) for name in names)]
+    return [command, *(str(runs / name / "best.pt") for name in names), *SMALL, *FLAGS[command]]
 
 
 def read_table(path):
     with open(path, newline="") as file:
-        return [{key: value if key in ("name", "of", "layer") else float(value or "nan")
+        return [{key: value if key in ("name", "of", "layer", "judged_by") else float(value or "nan")
                  for key, value in row.items()} for row in csv.DictReader(file)]
 
 
@@ -329,7 +338,7 @@ def test_every_command_writes_finite_tables_a_labelled_figure_and_overwrites_not
     picture = analyze.plt.imread(out / f"{command}.png")
     assert min(picture.shape[:2]) > 300 and not list(out.glob("*.tmp"))
     before = {path: path.read_bytes() for path in out.iterdir()}
-    for more in ([], ["--names", "A", "B"]):
+    for more in ([], ["--names", *"ABC"[:3 if command in THREE else 2]]):
         with pytest.raises(InputError, match="is there already"):
             analyze.main([*given(command, runs), *more, "--out", str(out)])
     assert before == {path: path.read_bytes() for path in out.iterdir()}
@@ -344,7 +353,7 @@ def test_rows_of_uniformity_and_cknna_are_those_of_their_functions(results, part
     rows = {row["name"]: row for row in results("uniformity")[0]["uniformity"]}
     likeness = {row["name"]: row for row in results("cknna")[0]["cknna"]}
     assert list(rows) == ["at/best", "dra/best", "teacher, sigma 0.06"]
-    assert list(likeness) == ["at/best", "dra/best"]
+    assert list(likeness) == ["at/best", "dra/best", "strong/best"]
     for model in [*models, teacher]:
         row, adversarial = rows[model.name], analyze.attack(model, images, labels, args)
         clean, attacked = [model.features(x).detach() for x in (images, adversarial)]
@@ -362,6 +371,11 @@ def test_rows_of_uniformity_and_cknna_are_those_of_their_functions(results, part
             row = likeness[model.name]
             assert row["cknna"] == pytest.approx(cknna(clean, target, 5), rel=1e-3, abs=1e-5) != 1
             assert row["cknna_centred"] == pytest.approx(centred, rel=1e-3, abs=1e-5)
+            first = models[0].features(images).detach()
+            assert row["cknna_first"] == pytest.approx(cknna(clean, first, 5), rel=1e-3, abs=1e-5)
+    x, y = [[row[column] for row in likeness.values()] for column in ("clean_accuracy", "cknna")]
+    title = results("cknna")[1][1].get_title()
+    assert f"\ncorrelation {np.corrcoef(x, y)[0, 1]:.2f}\n" in title, "of the points in the same panel"
 
 
 def test_spectrum_is_that_of_perturbation_and_gradient_and_differences_are_to_first(results, parts):
@@ -370,16 +384,16 @@ def test_spectrum_is_that_of_perturbation_and_gradient_and_differences_are_to_fi
     profile = {}
     for row in rows:
         profile.setdefault((row["name"], row["of"]), []).append(row["amplitude"])
-    assert len(profile) == 8 and len(results("spectrum")[0]["spectrum_map"]) == 8 * 32 * 32
+    assert len(profile) == 12 and len(results("spectrum")[0]["spectrum_map"]) == 12 * 32 * 32
     for model in [*models, teacher]:
         signals = {"perturbation": analyze.attack(model, images, labels, args) - images,
                    "gradient": analyze.input_gradients(model, images, labels, args)}
         for kind, signal in signals.items():
             expected = radial_profile(frequency_map(signal)).tolist()
             assert profile[model.name, kind] == pytest.approx(expected, rel=0.02)  # tiny gradients vary
-    for kind in ("perturbation", "gradient"):
-        change = [b - a for a, b in zip(profile["at/best", kind], profile["dra/best", kind])]
-        assert profile["dra/best - at/best", kind] == pytest.approx(change, abs=1e-6)
+    for kind, name in itertools.product(("perturbation", "gradient"), ("dra/best", "strong/best")):
+        change = [b - a for a, b in zip(profile["at/best", kind], profile[name, kind])]
+        assert profile[f"{name} - at/best", kind] == pytest.approx(change, abs=1e-6)
 
 
 def test_probe_is_scored_on_training_images_that_it_was_not_fitted_to(results, parts):
@@ -431,6 +445,34 @@ def test_curves_repeat_the_logs_and_leave_out_what_a_run_without_alignment_has_n
     assert all(math.isnan(row["cosine"]) for row in rows[:2])
 
 
+def test_a_sweep_takes_autoattacks_verdict_where_there_is_one_and_says_so(results, runs, tmp_path):
+    held_out = results("sweep")[0]["sweep"]
+    assert [(row["name"], row["dra_weight"]) for row in held_out] == [("at", 0), ("dra", 1), ("strong", 4)]
+    for row in held_out:
+        assert (row["clean_accuracy"], row["robust_accuracy"]) == (51, 33)
+        assert row["judged_by"] == "PGD-40, held-out training images"
+    for name in ("dra", "at"):
+        shutil.copytree(runs / name, tmp_path / name)
+    folder = tmp_path / "dra" / "best.pt.autoattack"
+    folder.mkdir()
+    digest = hashlib.sha256((runs / "dra" / "best.pt").read_bytes()).hexdigest()[:16]
+    for checkpoint in ("another", digest):
+        (folder / "result.json").write_text(json.dumps({
+            "clean_acc": "60.50", "robust_accuracy": 40.25, "eps": "8/255", "images": 400,
+            "settings": {"checkpoint": checkpoint, "attacks": None}}))
+        command = ["sweep", str(tmp_path / "dra"), str(tmp_path / "at"), "--out", str(tmp_path / "out")]
+        if checkpoint == "another":
+            with pytest.raises(InputError, match="earlier best.pt"):
+                analyze.main(command)
+    analyze.main(command)
+    at, dra = read_table(tmp_path / "out" / "sweep.csv")
+    assert dra["judged_by"] == "AutoAttack, eps 8/255, 400 test images" != at["judged_by"]
+    assert (dra["clean_accuracy"], dra["robust_accuracy"], at["robust_accuracy"]) == (60.5, 40.25, 33)
+    (tmp_path / "at" / "log.csv").write_text("step,epoch,loss\n1,1,1\n")
+    with pytest.raises(InputError, match="no run of ours"):
+        analyze.main([*command[:-1], str(tmp_path / "other")])
+
+
 def test_an_interrupted_command_starts_again_and_ends_like_another(runs, tmp_path, monkeypatch, results):
     """Not with other settings, though. And the tables are a function of the seed."""
     command = [*given("dims", runs), "--out", str(tmp_path)]
@@ -454,23 +496,27 @@ def test_checkpoints_that_are_judged_on_other_images_are_not_compared(runs, tmp_
             analyze.load(analyze.parse_args(command))
 
 
-def test_imagenet_images_to_judge_and_to_fit_on_are_a_random_split_of_the_list(monkeypatch):
-    args = analyze.parse_args(["sae", "some.pt", "--n", "10", "--seed", "5"])
-    args.info = SimpleNamespace(dataset="imagenet")
+def test_imagenets_test_images_are_drawn_from_the_list_and_those_to_fit_on_from_train(tmp_path, monkeypatch):
+    """The latter are read again and again: of 30 files, 12, as eval_autoattack.py reads test images."""
+    train_imagenet.draw_smoke_folders(tmp_path, 0, train_count=3)
+    args = analyze.parse_args(["sae", "some.pt", "--n", "10", "--n-train", "12", "--data-dir", str(tmp_path)])
+    args.info = SimpleNamespace(dataset="imagenet", args={"image_size": 32})
 
     def listed(request, info, split):
         assert request.n is None and split == "test", "all that are listed"
         return torch.arange(40.0), torch.arange(40)
     monkeypatch.setattr(analyze, "load_images", listed)
     (images, labels), (fit, fit_labels) = analyze.load_data(args)
-    assert len(images) == 10 and len(fit) == 30
-    assert sorted([*labels.tolist(), *fit_labels.tolist()]) == list(range(40))
-    assert labels.tolist() != list(range(10))
-    assert torch.equal(images, labels.float()) and torch.equal(fit, fit_labels.float())
-    assert torch.equal(labels, analyze.load_data(args)[0][1])
-    args.n = 35
-    with pytest.raises(InputError, match="--n 35: 40 images are listed"):
-        analyze.load_data(args)
+    assert len(set(labels.tolist())) == 10 and labels.tolist() != list(range(10))
+    assert torch.equal(images, labels.float()) and torch.equal(labels, analyze.load_data(args)[0][1])
+    assert len(fit) == len(fit_labels) == len(set(fit.paths)) == 12 and len(set(fit_labels.tolist())) > 3
+    shutil.copytree(tmp_path / "train", tmp_path / "again" / "val")  # the same files, for the other reader
+    whole, whole_labels = load_imagenet(tmp_path / "again", None, None, 10, image_size=32)
+    order = [str(path) for path in sorted((tmp_path / "train").rglob("*.jpg"))]
+    index = [order.index(path) for path in fit.paths]
+    assert torch.equal(fit[3:7], whole[index][3:7]) and torch.equal(fit_labels, whole_labels[index])
+    model = SimpleNamespace(features=lambda x: x.mean(dim=(2, 3)))
+    torch.testing.assert_close(analyze.features_of(model, fit, args), whole[index].mean(dim=(2, 3)))
 
 
 def test_attack_stays_within_eps_and_a_larger_eps_costs_accuracy(parts):
@@ -490,3 +536,55 @@ def test_input_gradients_are_those_of_each_image_alone(parts):
     F.cross_entropy(model(x), labels[3:4]).backward()
     gradients = analyze.input_gradients(model, images, labels, args)
     torch.testing.assert_close(gradients[3:4], x.grad, rtol=1e-3, atol=1e-7)
+
+
+# --------------------------------------------------------------------------------- networks that are not ours
+
+MODELS = Path(analyze.__file__).with_name("robustbench_models.py")
+
+
+def test_a_network_that_is_not_ours_gives_its_authors_logits_and_is_compared_with_ours(runs):
+    """The ResNet-18 that comes with pyautoattack, through --script; train_cifar.py is that of the others."""
+    examples = Path(pyautoattack.__path__[0], "examples")
+    path, images = examples / "model_test.pt", torch.rand(3, 3, 32, 32)
+    theirs = runpy.run_path(str(examples / "resnet.py"))["ResNet18"]().eval()
+    theirs.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    model = load_classifier(path, "resnet-18", "cifar10", MODELS)
+    torch.testing.assert_close(model(images), theirs(images))
+    torch.testing.assert_close(model.head(model.features(images)), model(images))
+    command = ["dims", str(path), str(runs / "at" / "best.pt"), "--arch", "resnet-18", "wrn-10-1", "--script"]
+    both = analyze.parse_args([*command, str(MODELS), "train_cifar.py"])
+    assert both.script == [str(MODELS), "train_cifar.py"] and both.arch == ["resnet-18", "wrn-10-1"]
+    with pytest.raises(SystemExit):
+        analyze.parse_args([*command, "a.py", "b.py", "c.py"])
+
+
+def test_the_original_wide_resnet_by_its_definition(tmp_path):
+    """Names and network of its first PyTorch version, from a state dict alone; a second, unused group."""
+    build_model, x = runpy.run_path(str(MODELS))["build_model"], torch.rand(2, 3, 32, 32)
+    model = build_model("wrn-16-2", 10).eval()
+    state = {name: value + 0.1 * torch.rand(value.shape) for name, value in model.state_dict().items()
+             if value.is_floating_point()}
+    model.load_state_dict(state, strict=False)
+
+    def act(h, name):
+        statistics = [state[f"{name}.{part}"] for part in ("running_mean", "running_var", "weight", "bias")]
+        return F.relu(F.batch_norm(h, *statistics))
+    h = F.conv2d(x, state["conv1.weight"], padding=1)
+    for block, i in itertools.product((1, 2, 3), (0, 1)):
+        name, stride = f"block{block}.layer.{i}", 2 if block > 1 and i == 0 else 1
+        activated = act(h, f"{name}.bn1")
+        inner = act(F.conv2d(activated, state[f"{name}.conv1.weight"], None, stride, 1), f"{name}.bn2")
+        h = F.conv2d(activated, state[f"{name}.convShortcut.weight"], None, stride) if i == 0 else h
+        h = h + F.conv2d(inner, state[f"{name}.conv2.weight"], padding=1)
+    pooled = act(h, "bn1").mean(dim=(2, 3))
+    torch.testing.assert_close(model(x), F.linear(pooled, state["fc.weight"], state["fc.bias"]))
+    names = set(build_model("wrn-16-2-sub", 10).state_dict()) - set(model.state_dict())
+    assert names == {f"sub_{name}" for name in model.state_dict() if name.startswith("block1.")}
+    with torch.device("meta"):
+        assert sum(p.numel() for p in build_model("wrn-28-10", 10).parameters()) == 36_479_194
+    wrapped = {f"module.{name}": value for name, value in model.state_dict().items()}
+    torch.save({"state_dict": wrapped}, tmp_path / "a.pt")
+    torch.testing.assert_close(load_classifier(tmp_path / "a.pt", "wrn-16-2", "cifar10", MODELS)(x), model(x))
+    with pytest.raises(InputError, match="robustbench_models.py cannot build it"):
+        load_classifier(tmp_path / "a.pt", "wrn-17-2", "cifar10", MODELS)

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
-from dit_encoder import build_dit, build_vae, load_dit_encoder, rotate
+from dit_encoder import build_dit, build_vae, channel_norms, load_dit_encoder, main, rotate
 
 ROOT, FIXTURES = Path(__file__).parent.parent, Path(__file__).parent / "fixtures"
 DIT, VAE, STATS = [FIXTURES / f"dit_tiny_{name}.pt" for name in ("dit", "vae", "latents_stats")]
@@ -272,8 +273,35 @@ def test_wrong_inputs_are_named(encoder, reference):
         assert message in str(caught.value)
 
 
-def test_as_a_script_it_says_what_the_files_hold(tmp_path):
-    """The tiny network has 2 heads, not the released one's 16: that is what it says, in one line."""
-    command = [sys.executable, "dit_encoder.py", str(DIT), str(VAE), str(STATS), "--layer", "1"]
+def test_as_a_script_it_says_what_is_wrong():
+    command = [sys.executable, "dit_encoder.py", str(VAE), str(VAE), str(STATS)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "it has 2 heads" in done.stderr
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    assert "expected a LightningDiT checkpoint, this is a VA-VAE" in done.stderr
+
+
+def test_as_a_script_it_finds_the_channels_that_are_too_large(reference, tmp_path, monkeypatch, capsys):
+    """Appendix D, on a network two of whose channels were made large, with images of any size in folders."""
+    (tmp_path / "class").mkdir()
+    for i, image in enumerate(reference["image_uint8"].numpy()):
+        Image.fromarray(image.transpose(1, 2, 0)).resize((80 + i, 70)).save(tmp_path / "class" / f"{i}.png")
+    content = read(DIT)
+    content["ema"]["pos_embed"][..., [7, 21]] += torch.tensor([100.0, 50.0])
+    files = save(tmp_path / "dit.pt", content), VAE, STATS
+    command = ["dit_encoder.py", *map(str, files), "--layer", "2", "--images"]
+    monkeypatch.setattr(sys, "argv", [*command, str(tmp_path)])
+    main()
+    out = capsys.readouterr().out
+    found = [line.split() for line in out.splitlines()[-10:]]  # channel, norm, over the median, how often
+    assert "10 classes, 32 wide" in out and "64 px" in out and "3 images" in out
+    assert [line[0] for line in found[:2]] == ["7", "21"]
+    assert float(found[0][2]) > 80 > float(found[1][2]) > 40 > 5 > float(found[2][2])
+    assert found[0][3] == found[1][3] == "100%"
+    norms = channel_norms(load_dit_encoder(*files, 2, (), None, None), tmp_path)
+    assert norms.shape == (3, 32) and float(found[0][1]) == pytest.approx(norms[:, 7].mean().item(), rel=1e-4)
+    (tmp_path / "class" / "3.jpg").write_text("no image")
+    for folder, message in ((tmp_path, "3.jpg: cannot be read"), (tmp_path / "none", "none: expected image")):
+        monkeypatch.setattr(sys, "argv", [*command, str(folder)])
+        with pytest.raises(SystemExit, match="2"):
+            main()
+        assert message in capsys.readouterr().err
