@@ -37,6 +37,10 @@ other, and each can be done on another day or by another process. Another --batc
 good as the first. Two exceptions: on CUDA some kernels, such as attention's backward pass, do not take their
 sums in the same order twice; and the verdicts on a model that is random itself (--version rand) cannot be
 repeated.
+
+--tf32 lets attacks multiply in TF32, as torch's defaults do in convolutions: faster on CUDA, but a success
+may hang on the rounding. So float32 judges whatever TF32 has broken. What it does not confirm does not count,
+and the image meets this attack again, and all after it, in float32. Either way the result is float32's.
 """
 import argparse
 import hashlib
@@ -59,6 +63,9 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+import train_cifar
+from train_cifar import InputError, barrier, fraction
+
 # ------------------------------------------------------------------------------------------------------------
 # Settings: what RobustBench fixes for each data set, and the command line.
 
@@ -74,20 +81,8 @@ ATTACKS = ("apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t", "square")
 TOLERANCE = 1e-6  # by which |x' - x| may exceed eps: float32 rounds x + eps near 1 by up to 6e-8
 
 
-class InputError(ValueError):
-    """A file that cannot be used. One line that names it; the command line exits with code 2."""
-
-
 class VerificationError(RuntimeError):
     """The stored result does not hold what it claims."""
-
-
-def fraction(text):
-    """A pixel distance on the [0, 1] scale as a float: "8/255" and "0.031" both work."""
-    try:
-        return float(Fraction(text))
-    except (ValueError, ZeroDivisionError, OverflowError):
-        raise argparse.ArgumentTypeError(f"{text}: expected a number such as 8/255") from None
 
 
 def parse_args(argv=None):
@@ -114,7 +109,7 @@ def parse_args(argv=None):
     # Where.
     cuda = torch.cuda.is_available()
     add("--device", choices=["cuda", "cpu"], default="cuda" if cuda else "cpu", help="where to run")
-    add("--tf32", action="store_true", help="allow TF32 on CUDA: faster, and no longer float32")
+    add("--tf32", action="store_true", help="attack in TF32, judge in float32: faster on CUDA")
     add("--out", help="folder of results and finished batches; if not given, CHECKPOINT.autoattack")
     args = parser.parse_args(argv)
     attacks = args.attacks or []
@@ -209,8 +204,8 @@ def choose_weights(path, saved, weights):
         state = saved.get("unaveraged_model_state_dict")
     else:  # ours and DM-AT's, or RobustBench's, or RobustBench's without any wrapping
         state = saved.get("model_state_dict", saved.get("state_dict", saved))
-    tensors = isinstance(state, dict) and all(isinstance(value, torch.Tensor) for value in state.values())
-    if not tensors or not all(isinstance(name, str) for name in state):
+    if not isinstance(state, dict) or not all(isinstance(name, str) and isinstance(value, torch.Tensor)
+                                              for name, value in state.items()):
         raise InputError(f"{path}: holds no {weights} weights, no dict of tensors where they should be")
     return state
 
@@ -252,17 +247,13 @@ def perturb(attacker, attack, x, y):
     attacker: pyautoattack.AutoAttack. x: images [B, 3, H, W] in [0, 1]; y: labels [B]. Returns x' like x,
     which is x itself where the attack fails.
     """
+    kind, _, variant = attack.partition("-")
+    method = attacker.apgd_targeted if attack == "apgd-t" else getattr(attacker, kind)
     if attack in ("apgd-ce", "apgd-dlr"):
-        method = attacker.apgd
-        method.loss = attack.removeprefix("apgd-")
-    elif attack == "apgd-t":
-        method = attacker.apgd_targeted
-    elif attack in ("fab", "fab-t"):  # one object for both: set up each time, so that order does not matter
-        method = attacker.fab
-        method.targeted = attack == "fab-t"
+        method.loss = variant
+    elif kind == "fab":  # one object for both variants: set up each time, so that order does not matter
+        method.targeted = variant == "t"
         method.n_restarts = 5 if attacker.version == "plus" and not method.targeted else 1
-    else:
-        method = attacker.square
     method.seed = attacker.get_seed()  # with which it seeds torch's generators: batches become independent
     with torch.no_grad():
         return method.perturb(x, y)
@@ -294,42 +285,47 @@ def check_model(model, images, labels, batch_size, attacker):
         raise InputError(f"the model has {classes} classes, expected at least 10: targeted attacks try nine")
 
 
-def run_attack(attack, model, attacker, images, labels, survivors, folder, batch_size, flags, rank=0,
-               world=1):
-    """Attack the survivors in batches, and keep every finished batch in `folder`. Returns one dict per batch.
+def set_tf32(allowed):
+    """TF32 multiplies with 10 bits of mantissa instead of 23. torch allows it in convolutions unless told."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
 
-    attack: a name in ATTACKS, or "clean" for no attack. survivors: indices int64 [M] into images [N, 3, H, W]
-    and labels [N]. flags: a list of warnings so far, which are stored with the next batch. A batch of n
-    images has index [n], predicted [n], broken [n] bool, adversarial [number broken, 3, H, W], seconds,
-    flags. Raises VerificationError where a file in the folder is damaged or of other images.
+
+def run_attack(attack, attacker, images, labels, entered, folder, batch_size, flags, rank=0, world=1):
+    """Attack images in batches, and keep every finished batch in `folder`. Returns one dict per batch.
+
+    attack: "clean" for no attack, or a name in ATTACKS, with "-tf32" behind it to run in TF32. entered:
+    indices int64 [M] into images [N, 3, H, W] and labels [N]. flags: a list of warnings so far, which are
+    stored with the next batch. A batch of n images has index [n], predicted [n], broken [n] bool, changed [n]
+    bool (broken in TF32, but not in float32), adversarial [number broken, 3, H, W], seconds, flags. Raises
+    VerificationError where a file in the folder is damaged or of other images.
     """
-    device = next(model.parameters()).device
-    batches = survivors.split(batch_size) if len(survivors) else []
+    name, fast = attack.removesuffix("-tf32"), attack.endswith("-tf32")
+    batches = entered.split(batch_size) if len(entered) else []
     files = [folder / f"{attack}_{number:05d}.npz" for number in range(len(batches))]
     missing = [number for number, file in enumerate(files) if not file.exists()]
-    wait_for_all()  # all processes have to see the same ones missing before the first of them adds one
+    barrier()  # all processes have to see the same ones missing before the first of them adds one
     for number in tqdm(missing[rank::world], desc=f"{attack:8}", unit="batch", disable=rank > 0):
         index, since = batches[number], time.time()
-        x, y = images[index].to(device), labels[index].to(device)
+        x, y = images[index].to(attacker.device), labels[index].to(attacker.device)
         torch.manual_seed(attacker.seed)  # as attacks do; here for models that are random themselves
-        adversarial = x if attack == "clean" else perturb(attacker, attack, x, y)
+        set_tf32(fast)
+        adversarial = x if attack == "clean" else perturb(attacker, name, x, y)
+        # An attack moves what it breaks, or believes to break. What it finds misclassified it leaves alone.
+        moved = (adversarial != x).flatten(1).any(dim=1)
+        believed = fast and moved | (predict(attacker.model, adversarial) != y)
+        set_tf32(False)
         # The verdict is a forward pass of the whole batch, as in the library. What the attack itself took for
         # a success was seen in smaller batches, whose sums may be rounded otherwise.
-        predicted = predict(model, adversarial)
+        predicted = predict(attacker.model, adversarial)
         broken = predicted != y
         kept = x[:0] if attack == "clean" else adversarial[broken]
         save_atomically(files[number], index=index.numpy(), predicted=predicted.cpu().numpy(),
                         broken=broken.cpu().numpy(), adversarial=kept.cpu().numpy(),
-                        seconds=time.time() - since, flags=json.dumps(list(dict.fromkeys(flags))))
+                        changed=(believed & ~broken).cpu().numpy(), seconds=time.time() - since,
+                        flags=json.dumps(list(dict.fromkeys(flags))))
         flags.clear()
-    wait_for_all()  # then each process reads the others' batches: all have to know who survived
+    barrier()  # then each process reads the others' batches: all have to know who survived
     return [read_batch(file, index) for file, index in zip(files, batches)]
-
-
-def wait_for_all():
-    """Wait for the other processes, if there are any."""
-    if dist.is_initialized():
-        dist.barrier()
 
 
 def save_atomically(path, **arrays):
@@ -362,17 +358,21 @@ def read_batch(path, index):
 
 
 def evaluate(model, images, labels, folder, eps, attacks=None, version="standard", batch_size=250, seed=0,
-             rank=0, world=1):
+             rank=0, world=1, tf32=False):
     """Clean accuracy, then each attack on the survivors of those before. Continues from what `folder` has.
 
     model: see `load_classifier`. images float32 [N, 3, H, W] in [0, 1] and labels int64 [N], on the CPU.
-    attacks: None for all of `version`. Raises InputError for images outside [0, 1]. Returns SimpleNamespace:
+    attacks: None for all of `version`. tf32: each attack runs twice, first in TF32, then in float32 on those
+    images for which float32 has not confirmed a verdict of TF32, on this attack or one before. Raises
+    InputError for images outside [0, 1]. Returns SimpleNamespace:
 
-    attacks: their names, in order
+    attacks: their names, in order; those in TF32 end with "-tf32"
     accuracy, seconds: {"clean" and each attack: percent of images left; time that it took}
     broken_by [N] int: 0 misclassified without any attack, k broken by the k-th attack, -1 robust
     predicted [N]: the class of x' where one was found, of x elsewhere
     adversarial [N, 3, H, W]: x' where one was found, x elsewhere
+    entered: for "clean" and each attack the indices of its images
+    changed: number of TF32's verdicts that float32 did not confirm
     flags: the library's warnings, see `check_model`
     """
     # eps is a distance on the [0, 1] scale, and attacks clamp x' to that scale. With normalised images
@@ -380,6 +380,7 @@ def evaluate(model, images, labels, folder, eps, attacks=None, version="standard
     if images.dtype != torch.float32 or not (images.min() >= 0 and images.max() <= 1):
         limits = f"[{images.min():g}, {images.max():g}]"
         raise InputError(f"images have to be float32 in [0, 1], not {images.dtype} in {limits}")
+    set_tf32(False)
     attacker = pyautoattack.AutoAttack(model, norm="Linf", eps=eps, version=version, seed=seed,
                                        device=next(model.parameters()).device)
     # The library warns through its logger, that is, on the terminal, where nobody looks next week. This keeps
@@ -387,29 +388,32 @@ def evaluate(model, images, labels, folder, eps, attacks=None, version="standard
     flags = []
     attacker.logger.warning = flags.append
     check_model(model, images, labels, batch_size, attacker)
-    attacks, count = list(attacks or attacker.attacks_to_run), len(labels)
-    result = SimpleNamespace(attacks=attacks, accuracy={}, seconds={}, flags=[],
-                             broken_by=torch.full((count,), -1),
-                             predicted=torch.empty(count, dtype=torch.int64), adversarial=images.clone())
-    for number, attack in enumerate(["clean", *attacks]):
-        survivors = (result.broken_by == -1).nonzero().squeeze(1)
-        batches = run_attack(attack, model, attacker, images, labels, survivors, folder, batch_size, flags,
-                             rank, world)
+    names = list(attacks or attacker.attacks_to_run)
+    result = SimpleNamespace(accuracy={}, seconds={}, entered=[], changed=0, flags=[],
+                             attacks=[stage for name in names for stage in [f"{name}-tf32"] * tf32 + [name]],
+                             broken_by=torch.full_like(labels, -1), predicted=labels.clone(),
+                             adversarial=images.clone())
+    exact = torch.full_like(labels, not tf32, dtype=torch.bool)  # the images to be attacked in float32
+    for number, attack in enumerate(["clean", *result.attacks]):
+        here = (attack == "clean") | (exact != attack.endswith("-tf32"))
+        entered = (here & (result.broken_by == -1)).nonzero().squeeze(1)
+        batches = run_attack(attack, attacker, images, labels, entered, folder, batch_size, flags, rank,
+                             world)
         for batch in batches:
-            index, predicted, broken, adversarial = [
-                torch.from_numpy(batch[name]) for name in ("index", "predicted", "broken", "adversarial")]
-            result.broken_by[index[broken]] = number
-            if attack == "clean":
-                result.predicted[index] = predicted
-            else:
-                result.predicted[index[broken]] = predicted[broken]
-                result.adversarial[index[broken]] = adversarial
+            index = batch["index"][batch["broken"]]
+            result.broken_by[index] = number
+            result.predicted[index] = torch.from_numpy(batch["predicted"][batch["broken"]])
+            if attack != "clean":
+                result.adversarial[index] = torch.from_numpy(batch["adversarial"])
+            exact[batch["index"][batch["changed"]]] = True
+            result.changed += int(batch["changed"].sum())
             result.flags += json.loads(str(batch["flags"]))
-        result.accuracy[attack] = left = 100 * (result.broken_by == -1).sum().item() / count
+        result.entered.append(entered)
+        result.accuracy[attack] = left = 100 * (result.broken_by == -1).sum().item() / len(labels)
         result.seconds[attack] = seconds = float(sum(batch["seconds"] for batch in batches))
         if rank == 0:
-            print(f"{attack:9} {left:6.2f} % left   {seconds:8.1f} s", flush=True)
-    shares = {attack: percent / 100 for attack, percent in result.accuracy.items()}
+            print(f"{attack:13} {left:6.2f} % left   {seconds:8.1f} s", flush=True)
+    shares = {attack: result.accuracy[attack] / 100 for attack in ["clean", *names]}
     pyautoattack.checks.check_square_sr(shares, logger=attacker.logger)
     result.flags = list(dict.fromkeys(result.flags + flags))  # each once
     return result
@@ -418,9 +422,9 @@ def evaluate(model, images, labels, folder, eps, attacks=None, version="standard
 def verify(model, images, labels, result, eps, batch_size, random=False):
     """Check the result against the stored images: every x' within eps and in [0, 1], and every verdict again.
 
-    The recount trusts neither attacks nor files. An x' outside the ball is no adversarial example, and a file
-    may come from another model. Raises VerificationError. A model that is `random` itself may change its
-    verdicts. Returns how many it changed.
+    The recount, in float32, trusts neither attacks nor files. An x' outside the ball is no adversarial
+    example, and a file may come from another model. Raises VerificationError. A model that is `random` itself
+    may change its verdicts. Returns how many it changed.
     """
     distance = (result.adversarial - images).abs().amax(dim=(1, 2, 3))  # [N]: max |x' - x|
     far = int((~(distance <= eps + TOLERANCE)).sum())  # written so that NaN counts
@@ -432,13 +436,11 @@ def verify(model, images, labels, result, eps, batch_size, random=False):
     # Stage by stage (0 is the clean pass), in the batches of the attack, with x' in place of x where one was
     # found. Rounding can depend on a batch's size, and in other batches a near tie could fall the other way.
     device, different = next(model.parameters()).device, 0
-    for number in range(len(result.attacks) + 1):
-        entered = (result.broken_by >= number) | (result.broken_by == -1)
-        for index in entered.nonzero().squeeze(1).split(batch_size):
+    for number, entered in enumerate(result.entered):
+        for index in entered.split(batch_size):
             broken_here = result.broken_by[index] == number
-            x = images[index].clone()
-            if number > 0:
-                x[broken_here] = result.adversarial[index][broken_here]
+            attacked = (broken_here & (number > 0))[:, None, None, None]
+            x = torch.where(attacked, result.adversarial[index], images[index])
             wrong = (predict(model, x.to(device)).cpu() != labels[index]) != broken_here
             different += int(wrong.sum())
             if wrong.any() and not random:
@@ -462,13 +464,9 @@ def load_images(args, info, split="test"):
             raise InputError(f"ImageNet: only the test images are read, not {split}")
         return load_imagenet(Path(args.data_dir), args.image_list, args.n, info.num_classes,
                              info.args.get("image_size", 224), info.args.get("classes"))
-    import train_cifar
     source = SimpleNamespace(dataset=info.dataset, data_dir=args.data_dir,
                              smoke=info.args.get("smoke") is True, seed=info.args.get("seed", 0))
-    try:
-        images, labels = [torch.from_numpy(array[:args.n]) for array in train_cifar.load_real(source, split)]
-    except train_cifar.InputError as error:
-        raise InputError(str(error)) from None
+    images, labels = [torch.from_numpy(array[:args.n]) for array in train_cifar.load_real(source, split)]
     return images.permute(0, 3, 1, 2).contiguous().float() / 255, labels.long()
 
 
@@ -536,14 +534,7 @@ def prepare_folder(folder, settings):
         raise InputError(f"{folder}: is neither empty nor a folder of results; choose another --out")
     else:
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(path, settings)
-
-
-def write_json(path, content):
-    """Under another name, then renamed, as in `save_atomically`."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(temporary, path)
+        train_cifar.save_atomically(json.dumps(settings, indent=2), path)
 
 
 def reservations(args, info, settings):
@@ -557,7 +548,6 @@ def reservations(args, info, settings):
         (size == 224, f"{size} px, not 224"),
         (args.version == "standard", f"version {args.version}, not standard"),
         (settings["eps"] == fraction(benchmark.eps), f"eps is not {benchmark.eps}"),
-        (not args.tf32, "TF32, not float32"),
     ]
     return [remark for passed, remark in checks if not passed]
 
@@ -577,13 +567,14 @@ def write_results(folder, args, info, settings, result, labels, different):
         # Ours.
         "robust_accuracy": robust, "robust_accuracy_after": result.accuracy, "seconds": result.seconds,
         "images": len(labels), "reservations": remarks, "flags": result.flags,
+        "verdicts_changed_by_float32": result.changed if args.tf32 else None,
         "verdicts_not_repeated": different, "settings": settings,
         "device": torch.cuda.get_device_name() if args.device == "cuda" else "cpu",
     }
     save_atomically(folder / "images.npz", label=labels.numpy(), predicted=result.predicted.numpy(),
                     broken_by=result.broken_by.numpy(), adversarial=result.adversarial.numpy(),
                     stages=np.array(["clean", *result.attacks]))
-    write_json(folder / "result.json", content)
+    train_cifar.save_atomically(json.dumps(content, indent=2), folder / "result.json")
     return content
 
 
@@ -595,17 +586,15 @@ def main(argv=None):
     if args.device == "cuda":
         torch.cuda.set_device(local)  # this is "cuda" from here on, and attacks seed no other's generator
         torch.backends.cudnn.deterministic = True  # so that a continued evaluation equals an undisturbed one
-        # TF32 multiplies with 10 bits of mantissa instead of 23. torch allows it in convolutions unless told.
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
     if world > 1:  # only to wait for each other, however long that takes: results go through the folder
         dist.init_process_group("gloo", timeout=timedelta(days=7))
     model = load_classifier(args.checkpoint, args.arch, args.dataset, args.script, args.weights)
     info = model.to(args.device).info
     if local > 0:
-        wait_for_all()  # each machine's first process goes first, as it may have to download
+        barrier()  # each machine's first process goes first, as it may have to download
     images, labels = load_images(args, info)
     if local == 0:
-        wait_for_all()
+        barrier()
     eps = fraction(BENCHMARKS[info.dataset].eps) if args.eps is None else args.eps
     # All that the result depends on. A folder with other settings is refused, as two evaluations would mix.
     # The script is among them: verdicts on a network with a bug must not survive its correction.
@@ -626,9 +615,9 @@ def main(argv=None):
               f"(pyautoattack {settings['pyautoattack']})", flush=True)
         for remark in reservations(args, info, settings):
             print(f"*** {remark}: not a number to quote ***", flush=True)
-    wait_for_all()
+    barrier()
     result = evaluate(model, images, labels, folder, eps, args.attacks, args.version, args.batch_size,
-                      args.seed, rank, world)
+                      args.seed, rank, world, args.tf32)
     if rank == 0:
         different = verify(model, images, labels, result, eps, args.batch_size, random=args.version == "rand")
         content = write_results(folder, args, info, settings, result, labels, different)

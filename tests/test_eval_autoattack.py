@@ -160,6 +160,59 @@ def test_fab_has_the_versions_restarts_whatever_ran_before(images):
     assert restarts == [1, 5, 1]
 
 
+# ----------------------------------------------------------------------------------------------------- TF32
+
+ROUNDED_SCRIPT = TINY_SCRIPT + """
+class Rounded(nn.Sequential):
+    # TF32 needs a GPU; this stands for it: logits that are a little off wherever TF32 is allowed.
+    def forward(self, x):
+        z = super().forward(x)
+        return z + 0.05 * torch.sin(1e4 * z) if torch.backends.cudnn.allow_tf32 else z
+
+plain = build_model
+build_model = lambda *args, **kwargs: Rounded(*plain(*args, **kwargs))
+"""
+
+
+def test_tf32_attacks_and_float32_judges(command, tmp_path, monkeypatch):
+    """Also after kills: what the stages in TF32 broke and float32 does not is attacked again, in float32."""
+    (tmp_path / "rounded.py").write_text(ROUNDED_SCRIPT)
+    perturb, write, precisions = eval_autoattack.perturb, eval_autoattack.save_atomically, []
+
+    def noted(attacker, attack, x, y):
+        precisions.append((attack, torch.backends.cudnn.allow_tf32))
+        return perturb(attacker, attack, x, y)
+
+    def killed(path, **arrays):
+        write(path, **arrays)
+        if path.name.startswith("apgd"):  # after each batch
+            raise KeyboardInterrupt
+    monkeypatch.setattr(eval_autoattack, "perturb", noted)
+    results = []
+    for out, more in ((tmp_path / "float32", []), (tmp_path / "tf32", ["--tf32"])):
+        flags = [*command, "--script", str(tmp_path / "rounded.py"), "--attacks", "apgd-ce", "apgd-dlr"]
+        for _ in range(20):
+            try:
+                main([*flags, *more, "--out", str(out)])
+                break
+            except KeyboardInterrupt:
+                continue
+        results.append(json.loads((out / "result.json").read_text()))
+        monkeypatch.setattr(eval_autoattack, "save_atomically", killed)
+    exact, fast = results
+    assert fast["robust_accuracy"] == exact["robust_accuracy"] and fast["reservations"] == exact["reservations"]
+    assert set(precisions) == {(attack, tf32) for attack in ("apgd-ce", "apgd-dlr") for tf32 in (False, True)}
+    verdicts = np.load(out / "images.npz")
+    assert verdicts["stages"].tolist() == ["clean", "apgd-ce-tf32", "apgd-ce", "apgd-dlr-tf32", "apgd-dlr"]
+    predicted = tiny_model()(torch.from_numpy(verdicts["adversarial"])).argmax(1).numpy()  # in "float32"
+    assert np.array_equal(predicted != verdicts["label"], verdicts["broken_by"] >= 0)
+    batches = [(path.stem, np.load(path)) for path in out.glob("apgd*.npz")]
+    fallen = {int(i) for name, batch in batches if "-tf32_" in name for i in batch["index"][batch["changed"]]}
+    again = {int(i) for name, batch in batches if "-tf32_" not in name for i in batch["index"]}
+    assert fallen == again and fast["verdicts_changed_by_float32"] == len(fallen) > 0
+    assert 1 in verdicts["broken_by"] and 2 in verdicts["broken_by"], "the case is not trivial"
+
+
 # ---------------------------------------------------------------------------------------------- verification
 
 def test_verification_accepts_the_result_and_catches_every_tampering(images, labels, undisturbed):
