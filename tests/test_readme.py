@@ -1,0 +1,69 @@
+"""Every command in the README is understood by its script, and every row of the CIFAR tables makes a plan."""
+import importlib
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import train_cifar
+from test_data import write_sparse_npz
+
+ROOT = Path(__file__).parent.parent
+TEACHER = ROOT / "tests" / "fixtures" / "edm_tiny_cond_vp.pkl"
+sys.path.insert(0, str(ROOT / "experiments"))
+
+
+def commands():
+    """(script, its arguments) for each `python SCRIPT.py ...` in the README's code, with shell variables put in."""
+    variables = {}
+    text = (ROOT / "README.md").read_text()
+    code = [line for line in text.splitlines() if line.startswith("    ") and ("python" in line or "=" in line)]
+    for line in code + re.findall("`(python [^`]*)`", text):
+        words = shlex.split(line, comments=True)
+        name, _, value = (words or [""])[0].partition("=")
+        if name.isidentifier() and value:
+            variables[name] = [word for part in value.split() for word in variables.get(part.removeprefix("$"), [part])]
+        words = [word for part in words for word in (variables[part[1:]] if part[:1] == "$" else [part])]
+        for i, word in enumerate(words):
+            if word.endswith(".py") and words[i - 1] in ("python", "--", "&&"):
+                yield word, words[i + 1:]
+
+
+def test_the_readme_has_the_commands_of_all_scripts():
+    scripts = {script for script, _ in commands()}
+    assert {path.relative_to(ROOT).as_posix() for path in [*ROOT.glob("*.py"), *ROOT.glob("experiments/*.py")]} <= scripts | {
+        "edm_encoder.py", "experiments/robustbench_models.py"} and all((ROOT / script).exists() for script in scripts)
+    assert sum(script == "train_cifar.py" for script, _ in commands()) >= 14
+
+
+@pytest.mark.parametrize("script, arguments", [pair for pair in commands() if "tests/" not in pair[0]], ids=lambda value: " ".join([value] if isinstance(value, str) else value)[:80])
+def test_each_command_is_understood(script, arguments):
+    module = importlib.import_module(Path(script).stem)
+    if arguments not in ([], ["--help"]) and getattr(module, "parse_args", test_each_command_is_understood).__module__ == module.__name__:
+        module.parse_args(arguments)
+
+
+def test_each_row_of_the_cifar_tables_makes_a_plan(tmp_path, monkeypatch, capsys):
+    """With files that stand in for the released ones: of their names and lengths, and black."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "cifar100").mkdir()
+    for folder, classes in (("data", 10), ("data100", 100)):
+        (tmp_path / folder).mkdir()
+        for split in ("train", "test"):
+            np.savez(tmp_path / folder / split, image=np.zeros((50_000, 32, 32, 3), np.uint8), label=np.arange(50_000) % classes)
+    np.savez(tmp_path / "cifar100" / "1m.npz", image=np.zeros((1000, 32, 32, 3), np.uint8), label=np.arange(1000) % 100)
+    for name, parts, count in (("1m", 1, 10**6), ("20m", 2, 10**7), ("50m", 4, 12_500_000)):
+        for part in range(parts):
+            write_sparse_npz(tmp_path / (f"{name}_part{part + 1}.npz" if parts > 1 else f"{name}.npz"), count)
+    for script, arguments in commands():
+        if script == "train_cifar.py" and "--smoke" not in arguments:
+            files = [name for word in arguments for name in (sorted(map(str, Path().glob(word))) if "*" in word else [word])]
+            if "cifar100" in arguments:
+                files += ["--data-dir", "data100", "--teacher-unconditional"]  # the tiny teacher knows ten classes
+            train_cifar.main([*files, "--teacher", str(TEACHER), "--device", "cpu", "--dry-run"])
+            plan = capsys.readouterr().out
+            assert f"steps    {train_cifar.parse_args(arguments).epochs * -(-50_000 // train_cifar.parse_args(arguments).batch_size):,} =" in plan
+    assert not (tmp_path / "runs").exists()
