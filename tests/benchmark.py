@@ -59,8 +59,8 @@ def prepare(script, flags):
         args = script.parse_args(flags)
         device = torch.device(args.device)
         if not args.smoke and not Path(args.data_dir).exists():
-            pixels = np.random.default_rng(0).integers(0, 256, (50_000, 32, 32, 3), np.uint8)
-            script.load_real = lambda *_: (pixels, np.zeros(50_000, np.uint8))
+            pixels, labels = [np.concatenate([array] * 25) for array in script.draw_smoke_images(2000, seed=0)]
+            script.load_real = lambda *_: (pixels, labels)
         data = script.Data(args, device)
         made_up = args.teacher == script.DATASETS[args.dataset].teacher  # the default, a download
         teacher = random_edm(args, device) if made_up else script.load_teacher(args, device)
@@ -71,7 +71,8 @@ def prepare(script, flags):
     args.arch, args.no_pretrained = args.arch or "test_vit", True
     if args.data is None or not Path(args.data).exists():
         args.data = os.path.join(tempfile.gettempdir(), f"benchmark-images-{os.getuid()}")
-        script.draw_smoke_folders(Path(args.data), 0, 120)
+        if not Path(args.data, "synthetic", "class9", "019.jpg").exists():  # the last one to be drawn
+            script.draw_smoke_folders(Path(args.data), 0, 120)
     data = script.Data(args, torch.device(args.device))
     teacher = random_dit(args, data) if made_up and args.dra_weight else script.load_teacher(args, data)
     run = script.build_run(args, data, teacher)
@@ -129,6 +130,7 @@ def measure(script, flags, steps, peak_tflops=None):
         teach(None)
     # Attack steps of a forward and a backward pass to the image; two forwards with backward passes to image and weights.
     flops = forward.get_total_flops() * (2 * args.attack_steps + 2 * 3) + teaching.get_total_flops()
+    torch.cuda.reset_peak_memory_stats() if cuda else None
     script.compile_parts(args, model, teacher)
     times = {"step": seconds(lambda inputs: step(next(inputs))), "data": seconds(next), "attack": seconds(attack),
              "teacher": seconds(teach)}
