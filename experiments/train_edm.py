@@ -367,10 +367,11 @@ def train(args, run, images, labels, out, rank, world):
             write_log(out / "log.csv", log, (total - done) * (time.time() - started) / (done - first) / 60)
         if rank == 0 and saving:
             save_atomically(checkpoint(args, run, done, log), path)
-            save_grid(averaged, out / f"samples-{done * args.batch_size:09d}.png", args.seed, images.device)
         if stopping and done < total:
             barrier()  # all wait until process 0 has saved
             stop(stopping, f"after step {done} of {total}")
+        if rank == 0 and saving:
+            save_grid(averaged, out / f"samples-{done * args.batch_size:09d}.png", args.seed, images.device)
         recent, since = [], time.time()
 
 
