@@ -250,11 +250,13 @@ class Generator(nn.Module):
 
         Euler's method with `steps` steps, or Heun's (`heun`): the slope at the end of each step counts as
         much as that at its beginning, so a step costs two slopes and its error falls with the square of its
-        length. guidance: w, 1 for the plain model at half the cost. It acts at times t >= guidance_from, and
-        on the first three latent channels alone. That is no typing error of ours but what the released code
-        does: the line is older than LightningDiT (DiT's latents had four channels), and w = 6.7 was chosen
-        with it. all_channels: guide them all, for which a smaller w is due. Raises ValueError for noise of
-        another shape and, on a CPU, for labels that the network does not know.
+        length, except in the one step in which guidance sets in.
+
+        guidance: w; 1 is the plain model, at half the cost. It acts at times t >= guidance_from, and on the
+        first three latent channels alone. That is what the released code does: the line is DiT's, whose
+        latents had four channels, and w = 6.7 was chosen with it. all_channels guides them all, for which a
+        smaller w is due. Raises ValueError for noise of another shape and, on a CPU, for labels that the
+        network does not know.
         """
         if noise.shape[1:] != self.latent_shape:
             raise ValueError(f"noise is {list(noise.shape)}, expected [B, {str(self.latent_shape)[1:-1]}]")
@@ -406,7 +408,10 @@ def claim(out, args, generator, classes, rank):
     Raises InputError.
     """
     out.mkdir(parents=True, exist_ok=True)
-    held, note = lock(out) if rank == 0 else None, out / "settings.json"
+    note = out / "settings.json"
+    if rank == 0 and not note.exists() and {item.name for item in out.iterdir()} - {"lock", note.name + ".tmp"}:
+        raise InputError(f"--out {out}: holds something else, expected a new or empty folder")
+    held = lock(out) if rank == 0 else None
     weights = hashlib.sha256()  # 2.9 GB take a few seconds
     for tensor in generator.state_dict().values():
         weights.update(tensor.contiguous().numpy())
@@ -424,8 +429,6 @@ def claim(out, args, generator, classes, rank):
             name = different[0]
             values = "" if name == "classes" else f": {there.get(name)} there, {settings[name]} now"
             raise InputError(f"--out {out}: holds images of other {name}{values}; expected another folder")
-    elif {item.name for item in out.iterdir()} - {"lock", "settings.json.tmp"}:
-        raise InputError(f"--out {out}: holds something else, expected a new or empty folder")
     else:
         save_atomically(json.dumps(settings, indent=1), note)
     return held
