@@ -1,9 +1,9 @@
 """Draw synthetic ImageNet images with LightningDiT: the 4 million of arXiv 2602.19931, section 5.1.
 
     FILES="lightningdit-xl-imagenet256-800ep.pt vavae-imagenet256-f16d32-dinov2.pt latents_stats.pt"
-    python experiments/generate_imagenet.py --smoke                  # a tiny random network, seconds on a CPU
-    python experiments/generate_imagenet.py --generator $FILES --dry-run               # what it would cost
-    python experiments/generate_imagenet.py --generator $FILES --preview grid.png      # 25 classes to look at
+    python experiments/generate_imagenet.py --smoke                 # a tiny random network, seconds on a CPU
+    python experiments/generate_imagenet.py --generator $FILES --dry-run             # what it would cost
+    python experiments/generate_imagenet.py --generator $FILES --preview grid.png    # 25 classes to see
     torchrun --nproc-per-node 8 experiments/generate_imagenet.py --generator $FILES \\
         --classes-from imagenet/train --out lightningdit-4m          # what train_imagenet.py --synthetic reads
 
