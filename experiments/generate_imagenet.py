@@ -5,7 +5,7 @@
     python experiments/generate_imagenet.py --generator $FILES --dry-run             # what it would cost
     python experiments/generate_imagenet.py --generator $FILES --preview grid.png    # 25 classes to see
     torchrun --nproc-per-node 8 experiments/generate_imagenet.py --generator $FILES \\
-        --classes-from imagenet/train --out lightningdit-4m          # what train_imagenet.py --synthetic reads
+        --classes-from imagenet/train --out lightningdit-4m        # what train_imagenet.py --synthetic reads
 
 The images are not public, so everybody has to draw their own. The same network serves twice in the paper: its
 samples are training data, and its features are what the classifier is aligned with (dit_encoder.py).
@@ -486,7 +486,7 @@ def print_plan(generator, classes, args, world):
     print(f"network    {args.generator[0] if args.generator else 'random'}: {size(generator.dit)},",
           f"decoder {size(generator.vae)}; bfloat16 {'on' if args.amp else 'off'}")
     print(f"sampling   {args.steps} steps of {'Heun' if args.heun else 'Euler'}, guidance {args.guidance:g}",
-          f"on {guided} of {channels} channels from t = {args.guidance_from:g} on: {forwards} forwards an image")
+          f"on {guided} of {channels} channels from t = {args.guidance_from:g}: {forwards} forwards an image")
     print(f"cost       {flops[0] / 1e9:.4g} GFLOP a forward, {flops[1] / 1e9:.4g} the decoder:",
           f"{each / 1e12:.4g} TFLOP an image, {count * each:.3g} FLOP in all")
     print(f"time       {days:.3g} GPU days at {ASSUMED_RATE / 1e12:g} TFLOP/s (assumed: 40 % of an H100's",
