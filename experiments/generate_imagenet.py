@@ -1,11 +1,11 @@
 """Draw synthetic ImageNet images with LightningDiT: the 4 million of arXiv 2602.19931, section 5.1.
 
     FILES="lightningdit-xl-imagenet256-800ep.pt vavae-imagenet256-f16d32-dinov2.pt latents_stats.pt"
-    python experiments/generate_imagenet.py --smoke                  # a tiny random network, seconds on a CPU
-    python experiments/generate_imagenet.py --generator $FILES --dry-run                  # what it would cost
-    python experiments/generate_imagenet.py --generator $FILES --preview grid.png         # 25 classes to look at
+    python experiments/generate_imagenet.py --smoke                 # a tiny random network, seconds on a CPU
+    python experiments/generate_imagenet.py --generator $FILES --dry-run             # what it would cost
+    python experiments/generate_imagenet.py --generator $FILES --preview grid.png    # 25 classes to see
     torchrun --nproc-per-node 8 experiments/generate_imagenet.py --generator $FILES \\
-        --classes-from imagenet/train --out lightningdit-4m          # what train_imagenet.py --synthetic reads
+        --classes-from imagenet/train --out lightningdit-4m        # what train_imagenet.py --synthetic reads
 
 The images are not public, so everybody has to draw their own. The same network serves twice in the paper: its
 samples are training data, and its features are what the classifier is aligned with (dit_encoder.py).
@@ -15,10 +15,10 @@ noise z_0, put z_t = t z_1 + (1 - t) z_0 on the straight line between the two, a
 z_1 - z_0 of that line, given z_t, t and the label y alone. The answer v(z, t, y) is an average over all lines
 that pass there. Following it from pure noise at t = 0 to t = 1 gives a new image of class y:
 
-    z_0 ~ N(0, 1),   dz/dt = v(z, t, y),   image = decoder(z_1 std + mean)      VA-VAE's decoder, 16 px a latent
-    z <- z + (t' - t) v(z, t, y)           Euler's steps from t to t', 249 of them (upstream's 250 grid points)
-    t = s u / (1 + (s - 1) u)              u evenly from 0 to 1; s = 0.3 makes the steps at the noisy end short
-    v <- v(z, t, none) + w (v(z, t, y) - v(z, t, none))     guidance (arXiv 2207.12598), for t >= 0.125, w = 6.7
+    z_0 ~ N(0, 1),   dz/dt = v(z, t, y),   image = decoder(z_1 std + mean)
+    z <- z + (t' - t) v(z, t, y)           Euler's steps from t to t', 249 of them (250 grid points)
+    t = s u / (1 + (s - 1) u)              u evenly from 0 to 1; s = 0.3: short steps at the noisy end
+    v <- v(z, t, none) + w (v(z, t, y) - v(z, t, none))    guidance (arXiv 2207.12598): t >= 0.125, w = 6.7
 
 Guidance goes further in the direction that the label makes a difference: images become clearer and less
 diverse, at twice the cost. In the noisiest part of the way it mostly takes diversity (arXiv 2404.07724), so
@@ -63,8 +63,8 @@ ASSUMED_RATE = 400e12  # FLOP/s for --dry-run: 40 % of an H100's bfloat16 peak, 
 SMOKE = {"per_class": 4, "steps": 12, "batch_size": 8, "num_heads": 2, "image_size": 32, "device": "cpu",
          "out": "runs/generated-smoke"}  # other defaults for --smoke
 # What an image depends on. A folder holds images of one set of these.
-FIXED = ("seed", "steps", "heun", "guidance", "guidance_from", "all_channels", "shift", "format", "image_size",
-         "amp")
+FIXED = ("seed", "steps", "heun", "guidance", "guidance_from", "all_channels", "shift", "format",
+         "image_size", "amp")
 
 
 def parse_args(argv=None):
@@ -76,7 +76,7 @@ def parse_args(argv=None):
     add("--out", default="lightningdit-4m", help="folder for a folder of images per class")
     add("--classes-from", metavar="DIR", help="name classes as the folders there (else by number)")
     add("--per-class", type=int, default=4000, help="images of each class (stated: 4 million in all)")
-    add("--format", choices=["jpg", "png"], default="jpg", help="png has no loss and takes four times the space")
+    add("--format", choices=["jpg", "png"], default="jpg", help="png: without loss, four times the space")
     # Sampling.
     add("--steps", type=int, default=249, help="of Euler (upstream); fewer: see README.md")
     add("--heun", action="store_true", help="Heun's steps: closer to the true path, two evaluations each")
@@ -92,7 +92,7 @@ def parse_args(argv=None):
     add("--device", choices=["cuda", "cpu"], default=DEVICE, help="where to run")
     add("--no-amp", action="store_true", help="float32 throughout (CUDA's default: bfloat16)")
     add("--no-compile", action="store_true", help="no torch.compile (CUDA's default: compiled)")
-    add("--preview", metavar="FILE", help="only one image of each of the first 25 classes, in one .png or .jpg")
+    add("--preview", metavar="FILE", help="only draw one image of each of 25 classes, into one .png or .jpg")
     add("--dry-run", action="store_true", help="print counts and cost, and stop")
     add("--smoke", action="store_true", help="seconds on a CPU: a tiny random network, four classes")
     if "--smoke" in (sys.argv[1:] if argv is None else argv):
@@ -250,11 +250,13 @@ class Generator(nn.Module):
 
         Euler's method with `steps` steps, or Heun's (`heun`): the slope at the end of each step counts as
         much as that at its beginning, so a step costs two slopes and its error falls with the square of its
-        length. guidance: w, 1 for the plain model at half the cost. It acts at times t >= guidance_from, and
-        on the first three latent channels alone. That is no typing error of ours but what the released code
-        does: the line is older than LightningDiT (DiT's latents had four channels), and w = 6.7 was chosen
-        with it. all_channels: guide them all, for which a smaller w is due. Raises ValueError for noise of
-        another shape and, on a CPU, for labels that the network does not know.
+        length, except in the one step in which guidance sets in.
+
+        guidance: w; 1 is the plain model, at half the cost. It acts at times t >= guidance_from, and on the
+        first three latent channels alone. That is what the released code does: the line is DiT's, whose
+        latents had four channels, and w = 6.7 was chosen with it. all_channels guides them all, for which a
+        smaller w is due. Raises ValueError for noise of another shape and, on a CPU, for labels that the
+        network does not know.
         """
         if noise.shape[1:] != self.latent_shape:
             raise ValueError(f"noise is {list(noise.shape)}, expected [B, {str(self.latent_shape)[1:-1]}]")
@@ -354,8 +356,8 @@ def open_generator(args):
     generator.amp = args.amp
     classes = classes or [f"{label:04}" for label in range(generator.num_classes)]
     if len(classes) != generator.num_classes:
-        raise InputError(f"--classes-from {args.classes_from}: has {len(classes)} class folders, expected the "
-                         f"{generator.num_classes} classes of the network")
+        raise InputError(f"--classes-from {args.classes_from}: has {len(classes)} class folders, expected "
+                         f"the {generator.num_classes} classes of the network")
     return generator, classes
 
 
@@ -406,7 +408,11 @@ def claim(out, args, generator, classes, rank):
     Raises InputError.
     """
     out.mkdir(parents=True, exist_ok=True)
-    held, note = lock(out) if rank == 0 else None, out / "settings.json"
+    note = out / "settings.json"
+    others = {item.name for item in out.iterdir()} - {"lock", "settings.json.tmp"}
+    if rank == 0 and others and not note.exists():
+        raise InputError(f"--out {out}: holds something else, expected a new or empty folder")
+    held = lock(out) if rank == 0 else None
     weights = hashlib.sha256()  # 2.9 GB take a few seconds
     for tensor in generator.state_dict().values():
         weights.update(tensor.contiguous().numpy())
@@ -424,8 +430,6 @@ def claim(out, args, generator, classes, rank):
             name = different[0]
             values = "" if name == "classes" else f": {there.get(name)} there, {settings[name]} now"
             raise InputError(f"--out {out}: holds images of other {name}{values}; expected another folder")
-    elif {item.name for item in out.iterdir()} - {"lock", "settings.json.tmp"}:
-        raise InputError(f"--out {out}: holds something else, expected a new or empty folder")
     else:
         save_atomically(json.dumps(settings, indent=1), note)
     return held
@@ -437,8 +441,8 @@ def generate(generator, classes, args, out, rank, world):
     Which images share a batch depends on --batch-size alone, not on what is there already: a batch that was
     interrupted is drawn again as a whole. On a CPU the last bits of a matrix product can depend on its
     number of rows, so only this makes a continued run, or one with more processes, the same to the bit. With
-    another --batch-size or number of threads latents were the same within 3e-7 (relative), and one pixel value
-    in 19,000 or fewer differed, by one grey level (measured; see README.md).
+    another --batch-size or number of threads latents were the same within 3e-7 (relative), and one pixel
+    value in 19,000 or fewer differed, by one grey level (measured; see README.md).
     """
     # Each folder is listed once: 4 million questions to a network file system would take hours.
     done = np.zeros((args.per_class, len(classes)), bool)
@@ -469,7 +473,7 @@ def print_plan(generator, classes, args, world):
     count, forwards, flops = len(classes) * args.per_class, forwards_per_image(args), []
     generator, channels = generator.to("meta"), generator.latent_shape[0]
     with torch.device("meta"):
-        z, t, label = torch.zeros(1, *generator.latent_shape), torch.zeros(1), torch.zeros(1, dtype=torch.int64)
+        z, t, label = torch.zeros(1, *generator.latent_shape), torch.zeros(1), torch.zeros(1).long()
     for compute in (lambda: generator.velocity(z, t, label), lambda: generator.decode(z)):
         with FlopCounterMode(display=False) as counter:
             compute()
@@ -481,8 +485,8 @@ def print_plan(generator, classes, args, world):
           f"{generator.image_size} px, {args.format}, into {args.out}")
     print(f"network    {args.generator[0] if args.generator else 'random'}: {size(generator.dit)},",
           f"decoder {size(generator.vae)}; bfloat16 {'on' if args.amp else 'off'}")
-    print(f"sampling   {args.steps} steps of {'Heun' if args.heun else 'Euler'}, guidance {args.guidance:g} on",
-          f"{guided} of {channels} channels from t = {args.guidance_from:g} on: {forwards} forwards an image")
+    print(f"sampling   {args.steps} steps of {'Heun' if args.heun else 'Euler'}, guidance {args.guidance:g}",
+          f"on {guided} of {channels} channels from t = {args.guidance_from:g}: {forwards} forwards an image")
     print(f"cost       {flops[0] / 1e9:.4g} GFLOP a forward, {flops[1] / 1e9:.4g} the decoder:",
           f"{each / 1e12:.4g} TFLOP an image, {count * each:.3g} FLOP in all")
     print(f"time       {days:.3g} GPU days at {ASSUMED_RATE / 1e12:g} TFLOP/s (assumed: 40 % of an H100's",

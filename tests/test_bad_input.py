@@ -3,7 +3,6 @@ nothing written, nothing in a file run.
 
 The scripts run here as the command line runs them (`__main__`), but in this process, which is faster than starting one for each case.
 """
-import os
 import pickle
 import runpy
 import sys
