@@ -10,3 +10,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # a test that asks for pretrained weights ge
 sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
 torch.set_num_threads(2)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background jobs with Ctrl-C ignored, and the scripts that tests start would inherit that
+
+import train_cifar  # noqa: E402  (found through sys.path)
+import train_imagenet  # noqa: E402
+
+train_cifar.TABLE_STEPS = train_imagenet.TABLE_STEPS = 1  # of PGD for a run's closing table, which most tests do not look at

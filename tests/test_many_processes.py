@@ -33,7 +33,7 @@ def test_loss_and_gradient_of_two_processes_are_those_of_one(tmp_path):
 
 def test_two_processes_log_and_save_once_and_one_continues(tmp_path):
     """A WRN on two processes (each with its own batch statistics), continued by a single process and by two again."""
-    flags = ["train_cifar.py", "--smoke", "--batch-size", "16", "--attack-steps", "1", "--save-every", "0.03", "--eval-every", "0.06", "--out", tmp_path, "--max-steps", "12"]
+    flags = ["train_cifar.py", "--smoke", "--batch-size", "16", "--attack-steps", "1", "--dra-weight", "0", "--save-every", "0.03", "--eval-every", "0.06", "--out", tmp_path, "--max-steps", "12"]
     done = torchrun(*flags)
     assert done.returncode == 0, done.stderr
     assert "on 2 process(es)" in done.stdout and done.stdout.count("starting") == 1 and done.stdout.count("best.pt ") == 1

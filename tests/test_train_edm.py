@@ -336,7 +336,7 @@ def test_bad_flags_and_files_are_named_and_write_nothing(finished, folder, tmp_p
     for flags, named in [
             ([*out, "--images", "0"], "--images"), ([*out, "--lr", "-1"], "--lr"), ([*out, "--label-dropout", "1"], "--label-dropout"),
             ([*out, "--channel-mult", "0", "1"], "--channel-mult"), ([*out, "--model-channels", "4"], "--model-channels 4"),
-            ([*out, "--model-channels", "130"], "--model-channels 130"), ([*out, "--batch-size", "65"], "--batch-size 65"),
+            ([*out, "--model-channels", "130", "--batch-size", "8"], "--model-channels 130"), ([*out, "--batch-size", "65"], "--batch-size 65"),
             ([*out, "--sample", "8"], ".npz"), ([*out, "--sample", "0"], "--sample 0"), ([*out, "--data-dir", str(tmp_path / "x")], "x"),
             ([*draw, str(tmp_path / "none.pt")], "none.pt"), ([*draw, str(tmp_path / "page.pt")], "page.pt: this is a web page"),
             ([*draw, str(tmp_path / "other.pt")], "other.pt: damaged, refused or no diffusion model"),
