@@ -183,9 +183,9 @@ def test_the_average_follows_with_its_half_life_and_shares_nothing():
     assert not {p.data_ptr() for p in model.parameters()} & {p.data_ptr() for p in averaged.parameters()}
     train_step(model, averaged, optimizer, draw_batch(images, labels, 0, args), 0, args)
     assert torch.equal(weights(model), weights(averaged)), "nothing of the first, random weights is kept"
-    before, step = weights(averaged), 40  # 320 images so far, 5 % of them are 16, and a batch is 8: half a half-life
+    before, step = weights(averaged), 60  # 480 images so far, 5 % of them are 24, and a batch is 8: a third of the half-life
     train_step(model, averaged, optimizer, draw_batch(images, labels, step, args), step, args)
-    torch.testing.assert_close(weights(averaged), 0.5**0.5 * before + (1 - 0.5**0.5) * weights(model))
+    torch.testing.assert_close(weights(averaged), 0.5 ** (1 / 3) * before + (1 - 0.5 ** (1 / 3)) * weights(model))
 
 
 def test_learning_rate_rises_over_a_twentieth_of_the_images():
