@@ -1,6 +1,6 @@
 """Train an EDM diffusion model on one's own 32 x 32 images: the teacher, and the source of synthetic images.
 
-    python experiments/train_edm.py --smoke                # everything below in about two minutes on a CPU
+    python experiments/train_edm.py --smoke                # everything below, minutes on a CPU
 
     python experiments/train_edm.py --data-dir FOLDER --out runs/edm
     python experiments/train_edm.py --data-dir FOLDER --model runs/edm/edm.pt --probe
@@ -519,7 +519,7 @@ def parse_args(argv=None):
     add("--amp", action=argparse.BooleanOptionalAction, default=device == "cuda",
         help="the network computes in bfloat16")
     add("--no-compile", action="store_true", help="no torch.compile (CUDA's default: compiled)")
-    add("--smoke", action="store_true", help="the whole method in two minutes on a CPU")
+    add("--smoke", action="store_true", help="the whole method in minutes on a CPU")
     add("--dry-run", action="store_true", help="print the plan and stop")
     if "--smoke" in (sys.argv[1:] if argv is None else argv):
         parser.set_defaults(**SMOKE)  # any other flag still beats these
