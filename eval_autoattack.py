@@ -345,7 +345,8 @@ def read_batch(path, index):
     """A stored batch: dict of arrays. Raises VerificationError if damaged or of other images than `index`."""
     try:
         with np.load(path, allow_pickle=False) as file:
-            batch = dict(file)
+            batch = {name: file[name] for name in ("index", "predicted", "broken", "changed", "adversarial",
+                                                   "seconds", "flags")}
     except Exception as error:  # a damaged zip file can fail in any way
         raise VerificationError(f"{path}: damaged ({type(error).__name__}); delete it to repeat it") from None
     if not np.array_equal(batch["index"], index.numpy()):

@@ -1,4 +1,4 @@
-"""Is it the diffusion model that helps, and would its encoder not do alone? Two ablations of arXiv 2602.19931.
+"""Is it the diffusion model that helps, and would its encoder not do alone? Ablations of arXiv 2602.19931.
 
     python experiments/ablate_teacher.py noisy-classifier [flags of train_cifar.py]
     python experiments/ablate_teacher.py finetune-encoder [flags of train_cifar.py]
