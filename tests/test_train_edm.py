@@ -186,6 +186,16 @@ def test_the_average_follows_with_its_half_life_and_shares_nothing():
     before, step = weights(averaged), 60  # 480 images so far, 5 % of them are 24, and a batch is 8: a third of the half-life
     train_step(model, averaged, optimizer, draw_batch(images, labels, step, args), step, args)
     torch.testing.assert_close(weights(averaged), 0.5 ** (1 / 3) * before + (1 - 0.5 ** (1 / 3)) * weights(model))
+    before, args.batch_size = weights(averaged), 500_000  # 30 million images so far: now it is half a million
+    train_step(model, averaged, optimizer, draw_batch(images, labels, 0, small_run()[0]), step, args)
+    torch.testing.assert_close(weights(averaged), (before + weights(model)) / 2)
+
+
+def test_an_overflow_in_one_gradient_leaves_the_weights_finite():
+    args, (model, averaged, optimizer), images, labels = small_run()
+    model.model.map_label.weight.register_hook(lambda gradient: torch.full_like(gradient, torch.inf))
+    loss = train_step(model, averaged, optimizer, draw_batch(images, labels, 0, args), 0, args)
+    assert loss.isfinite() and all(p.isfinite().all() for p in model.parameters())
 
 
 def test_learning_rate_rises_over_a_twentieth_of_the_images():
@@ -265,6 +275,12 @@ def test_a_finished_run_stays_as_it_is_and_can_be_made_longer(finished, folder, 
     assert sorted(path.name for path in finished.glob("*.png")) == [f"samples-{n:09d}.png" for n in (32, 64, 96)]
 
 
+def test_a_checkpoint_that_would_run_code_is_refused(finished, folder, tmp_path):
+    torch.save(torch.load(finished / "edm.pt", weights_only=True) | {"extra": os.getcwd}, tmp_path / "edm.pt")
+    with pytest.raises(InputError, match="edm.pt: damaged"):
+        main([*TWELVE_STEPS, "--data-dir", str(folder), "--out", str(tmp_path)])
+
+
 def test_a_loss_that_is_not_finite_ends_the_run_and_nothing_is_saved(folder, tmp_path):
     with pytest.raises(FloatingPointError, match="not finite in step [0-9]+; last good checkpoint: none"):
         main([*TWELVE_STEPS, "--lr", "1e30", "--data-dir", str(folder), "--out", str(tmp_path)])
@@ -290,22 +306,24 @@ def draw(out, count, model, *flags, **processes):
 
 
 def test_synthetic_images_are_balanced_and_functions_of_seed_and_number(finished, tmp_path, monkeypatch):
-    draw(tmp_path / "ten.npz", 10, finished / "edm.pt")
+    draw(tmp_path / "ten.npz", 10, TINY)
     images, labels = train_cifar.open_npz(tmp_path / "ten.npz", 10)
     assert images.shape == (10, 32, 32, 3) and labels.tolist() == list(range(10))
     latents = torch.randn(3, 32, 32, generator=train_cifar.generator(0, 9, "latent"))[None].expand(4, -1, -1, -1)
-    alone = to_pixels(sample(load_denoiser(finished / "edm.pt"), latents, torch.full((4,), 9)))
+    alone = to_pixels(sample(load_denoiser(TINY), latents, torch.full((4,), 9)))
     assert np.abs(alone[0].permute(1, 2, 0).numpy().astype(int) - images[9]).max() <= 1
 
     sampled, count = train_edm.sample, []
     monkeypatch.setattr(train_edm, "sample", lambda *inputs: count.append(1) or sampled(*inputs))
-    draw(tmp_path / "other.npz", 4, finished / "edm.pt", "--seed", "1")
+    draw(tmp_path / "other.npz", 4, TINY, "--seed", "1")
     with pytest.raises(FileNotFoundError):  # one of two processes alone: the other's parts are missing
-        draw(tmp_path / "two.npz", 10, finished / "edm.pt", rank=0, world=2)
+        draw(tmp_path / "two.npz", 10, TINY, rank=0, world=2)
     (folder,) = tmp_path.glob("two.npz.parts-*")
     assert sorted(part.name for part in folder.iterdir()) == ["000000000.npz", "000000008.npz"]
+    draw(tmp_path / "two.npz", 10, finished / "edm.pt", rank=1, world=2)
+    assert len(list(tmp_path.glob("two.npz.parts-*"))) == 2, "another model's images are kept apart"
     count.clear()
-    draw(tmp_path / "two.npz", 10, finished / "edm.pt")
+    draw(tmp_path / "two.npz", 10, TINY)
     assert len(count) == 1 and not folder.exists(), "only what was missing is drawn"
     assert np.array_equal(np.load(tmp_path / "two.npz")["image"], images)
     assert not np.array_equal(np.load(tmp_path / "other.npz")["image"], images[:4]), "another seed, other images"
@@ -331,6 +349,8 @@ def test_bad_flags_and_files_are_named_and_write_nothing(finished, folder, tmp_p
     (tmp_path / "page.pt").write_text("<html>404</html>")
     torch.save({"step": 3}, tmp_path / "other.pt")
     (tmp_path / "there.npz").write_text("mine")
+    for split in ("train", "test"):
+        np.savez(tmp_path / f"{split}.npz", image=np.zeros((8, 32, 32, 3), np.uint8), label=np.arange(8))
     run, out = ["--data-dir", str(folder)], ["--out", str(tmp_path / "never")]
     draw = ["--sample", "8", "--out", str(tmp_path / "never.npz"), "--model"]
     for flags, named in [
@@ -342,6 +362,7 @@ def test_bad_flags_and_files_are_named_and_write_nothing(finished, folder, tmp_p
             ([*draw, str(tmp_path / "other.pt")], "other.pt: damaged, refused or no diffusion model"),
             ([*draw, str(TINY), "--dataset", "cifar100"], "10 classes"),
             ([*draw, str(TINY), "--out", str(tmp_path / "there.npz")], "there.npz: is there already"),
+            (["--out", str(finished), *TWELVE_STEPS, "--data-dir", str(tmp_path)], "other settings (data ["),
             (["--out", str(finished), *FLAGS, "--lr", "0.5"], "lr 0.001 there, 0.5 now")]:
         with pytest.MonkeyPatch.context() as patch, pytest.raises((InputError, OSError, SystemExit)) as caught:
             patch.setattr(train_cifar.torchvision.datasets, "CIFAR10", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("no network")))
