@@ -866,10 +866,10 @@ def checkpoint(args, run, step, log):
             "mean": data.mean, "std": data.std}
 
 
-# Settings that may differ when a run continues: where files lie (`images` tells whether they are the same
-# ones), where it runs, in which precision, and how often it saves.
-MAY_DIFFER = {"data_dir", "synthetic", "out", "device", "amp", "no_amp", "no_compile", "save_every",
-              "dry_run"}
+# Settings that may differ when a run continues: where files lie (`images` and `teacher_checksum` tell whether
+# they are the same ones), where it runs, in which precision, and how often it saves.
+MAY_DIFFER = {"data_dir", "synthetic", "teacher", "out", "device", "amp", "no_amp", "no_compile",
+              "save_every", "dry_run"}
 
 
 def restore(path, args, run):
@@ -969,6 +969,14 @@ def lock(folder):
     return file
 
 
+def checksum(module):
+    """A number that tells one network's weights from another's, whatever their file is called."""
+    crc = 0
+    for tensor in module.state_dict().values():
+        crc = zlib.crc32(tensor.cpu().contiguous().numpy(), crc)
+    return crc
+
+
 def load_teacher(args, device):
     """The frozen diffusion encoder g, or None without alignment. Raises InputError where it does not fit.
 
@@ -996,6 +1004,7 @@ def load_teacher(args, device):
     if teacher.label_dim not in (0, classes) and not args.teacher_unconditional:
         raise InputError(f"--teacher {args.teacher}: knows {teacher.label_dim} classes, expected {classes} "
                          f"({args.dataset}); --teacher-unconditional drops the labels")
+    args.teacher_checksum = checksum(teacher)  # train_edm.py's file changes while that run goes on
     return teacher.to(device, memory_format=torch.channels_last)
 
 

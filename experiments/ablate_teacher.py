@@ -11,7 +11,7 @@ diffusion encoder's architecture with random weights, and train it to classify i
 the teacher is shown. Then let it be the teacher in place of the diffusion model:
 
     python experiments/ablate_teacher.py noisy-classifier --out runs/noisy
-    python train_cifar.py --teacher runs/noisy/teacher.pt ...
+    python train_cifar.py --teacher runs/noisy/teacher.pt ...      # the same --teacher-sigma, --teacher-layer
 
     WRN-28-10 with a million synthetic images, AutoAttack (the paper's numbers)
       DM-AT+DRA, aligned with the diffusion model       64.12 %
@@ -34,7 +34,7 @@ each training image, can be told none here, since at test time there is none to 
 
 How it is done: train_cifar.py runs as it is, with a few of its functions replaced by those below. So all of
 its flags but a few work here, and so do --smoke, continuing after a kill, and torchrun. The paper states no
-recipe for the noisy classifier; both get train_cifar.py's (chosen).
+recipe for either; both get train_cifar.py's (chosen), with a learning rate for training from scratch.
 """
 import argparse
 import functools
@@ -61,8 +61,8 @@ ALWAYS = {
     "extra_sigma": False,
     "dra_weight": 1.0,  # until `take_encoder` has loaded what this would be the weight of
 }
-DECIDED = {
-    "noisy-classifier": ALWAYS | {"eps": 0.0, "attack_steps": 0, "beta": 0.0},  # cross-entropy, no adversary
+DECIDED = {  # cross-entropy and no adversary for the noisy classifier
+    "noisy-classifier": ALWAYS | {"eps": 0.0, "attack_steps": 0, "step_size": 0.0, "beta": 0.0},
     "finetune-encoder": ALWAYS,
 }
 # Other defaults for --smoke: here it is the larger network that gets attacked.
@@ -122,7 +122,7 @@ def take_encoder(ablation, args, device):
     if ablation == "noisy-classifier":
         arguments["label_dim"] = 0  # also for its later life as a teacher: it has never seen a label
     else:
-        args.dra_weight = 0.0  # (where it is not 0, batches bring the teacher's noise, and this is welcome)
+        args.dra_weight = 0.0  # not so for the noisy classifier: with a weight, batches bring the noise
     args.arch = json.dumps(arguments)
 
     def build(arch, num_classes, dataset):
@@ -191,7 +191,8 @@ def compare_and_save(args, data, out):
     network = classifier.encoder.cpu()
     save_atomically({"edm_arguments": network.arguments, "model_state_dict": network.model.state_dict()},
                     out / "teacher.pt")
-    print("To align with it: python train_cifar.py --teacher", out / "teacher.pt")
+    print(f"To align with it: python train_cifar.py --dataset {args.dataset} --teacher {out / 'teacher.pt'} "
+          f"--teacher-layer {args.teacher_layer} --teacher-sigma {args.teacher_sigma:g}")
 
 
 # ------------------------------------------------------------------------------------------------------------

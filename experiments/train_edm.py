@@ -1,15 +1,16 @@
 """Train an EDM diffusion model on one's own 32 x 32 images: the teacher, and the source of synthetic images.
 
-    python experiments/train_edm.py --smoke                # everything below, in two minutes on a CPU
+    python experiments/train_edm.py --smoke          # training, sampling, using both: two minutes on a CPU
 
     python experiments/train_edm.py --data-dir FOLDER --out runs/edm
     python experiments/train_edm.py --data-dir FOLDER --model runs/edm/edm.pt --probe
     python experiments/train_edm.py --model runs/edm/edm.pt --sample 1000000 --out 1m.npz
-    python train_cifar.py --data-dir FOLDER --teacher runs/edm/edm.pt --synthetic 1m.npz
+    python train_cifar.py --data-dir FOLDER --teacher runs/edm/edm.pt --synthetic 1m.npz --out runs/mine
 
 What arXiv 2602.19931 needs of a diffusion model is public for CIFAR-10 and CIFAR-100 only. For any other data
 set in the format of train_cifar.py (train.npz and test.npz in FOLDER) this script makes it, with the network
-and the settings of EDM (Karras et al. 2022, arXiv 2206.00364).
+and the settings of EDM (Karras et al. 2022, arXiv 2206.00364). Where there are not 10 or 100 classes, it
+needs an entry in train_cifar.py's DATASETS.
 
 A diffusion model learns to remove noise. A training image y gets noise n of level sigma, and the denoiser D
 has to tell y from the sum. Noise levels vary over orders of magnitude:
@@ -23,8 +24,8 @@ and follow the answers while sigma falls to 0. It is a differential equation, so
     dx / dsigma = (x - D(x; sigma, label)) / sigma
 
 And to tell the image from the noise, the network has to know what images show. That is why its features are
-worth imitating. A run writes edm.pt, log.csv and, with each checkpoint, a picture of samples to --out, and
-the same command again continues it. Every random draw is a function of (seed, step), or of (seed, number of
+worth imitating. A run writes edm.pt, log.csv and, every --save-every images, a picture of samples to --out.
+The same command again continues it. Every random draw is a function of (seed, step), or of (seed, number of
 the image). `torchrun --nproc-per-node N` in front trains or draws on N GPUs.
 """
 import argparse
@@ -36,6 +37,7 @@ import shutil
 import signal
 import sys
 import time
+import zipfile
 import zlib
 from datetime import timedelta
 from pathlib import Path
@@ -50,11 +52,10 @@ from torchvision.utils import save_image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project's root, for the imports below
 import train_cifar
-from analyze_representations import accuracy, linear_probe, pooled_activations
 from edm_encoder import Conv2d, SongUNetEncoder, UNetBlock, group_norm, load_edm, load_edm_encoder
 from eval_autoattack import save_atomically as save_npz
-from train_cifar import (DATASETS, InputError, all_reduce, average_gradients, barrier, fraction, generator,
-                         load_real, lock, note_signal, save_atomically, signalled, stop, write_log)
+from train_cifar import (DATASETS, InputError, all_reduce, average_gradients, barrier, checksum, fraction,
+                         generator, load_real, lock, note_signal, save_atomically, signalled, stop, write_log)
 
 # ------------------------------------------------------------------------------------------------------------
 # Settings: EDM's own for CIFAR-10, here and in the defaults of the flags, where nothing else is said.
@@ -193,7 +194,7 @@ def sample(denoiser, latents, labels, steps=18):
     same step again with the mean of the slopes at its two ends; 2 * steps - 1 evaluations of D. The levels
     fall from 80 to 0.002 evenly in sigma^(1/7), so most of them are low, where the details are decided. The
     last step, to 0, is Euler's alone. x is float64 since small differences of large numbers add up, while D
-    computes in float32. Nothing cuts the result off at -1 and 1. steps: at least 2.
+    gets and gives float32. Nothing cuts the result off at -1 and 1. steps: at least 2.
     """
     share = torch.arange(steps, dtype=torch.float64) / (steps - 1)
     high, low = SIGMA_MAX ** (1 / RHO), SIGMA_MIN ** (1 / RHO)
@@ -250,7 +251,6 @@ def draw_batch(images, labels, step, args, rank=0, world=1):
 
     y = images[index].permute(0, 3, 1, 2).float() / 127.5 - 1
     y = torch.where(flip[:, None, None, None] < 0.5, y.flip(3), y)
-    # A teacher has to be asked without a label as well: in the analyses a label would be the answer.
     given = torch.where(dropped < args.label_dropout, -1, labels[index])
     return [tensor[rank::world] for tensor in (y, given, sigma, noise)]
 
@@ -263,7 +263,7 @@ def train_step(model, averaged, optimizer, batch, step, args):
     loss.backward()
     parameters = list(model.parameters())
     average_gradients(parameters)  # over the processes of torchrun
-    for parameter in parameters:  # an overflow in one batch should not end a run of days (EDM)
+    for parameter in parameters:  # an overflow on the way back should not end a run of days (EDM)
         torch.nan_to_num(parameter.grad, nan=0, posinf=1e5, neginf=-1e5, out=parameter.grad)
     optimizer.param_groups[0]["lr"] = args.lr * min(1, (seen + args.batch_size) / (WARMUP * args.images))
     optimizer.step()
@@ -283,7 +283,8 @@ def build_run(args, device):
     try:
         model = Denoiser(**args.network)
     except ValueError as error:  # group norm could not divide the channels
-        raise InputError(f"--model-channels {args.model_channels}: {error}; multiples of 32 fit") from None
+        raise InputError(f"--model-channels, --num-blocks: {error}; multiples of 32, up to 32 blocks fit") \
+            from None
     initialise(model, args.seed)
     model.to(device).amp = args.amp
     # A copy that shares no storage with the model, or the average would be the model; and without dropout.
@@ -413,11 +414,10 @@ def draw_images(args, rank=0, world=1):
     out, denoiser = Path(args.out), load(args, load_denoiser)
     if out.exists():
         raise InputError(f"--out {out}: is there already; move it away or choose another name")
-    key = zlib.crc32(repr((args.seed, args.batch_size, args.amp)).encode())
-    for tensor in denoiser.state_dict().values():
-        key = zlib.crc32(tensor.cpu().numpy(), key)
+    key = zlib.crc32(repr((checksum(denoiser), args.seed, args.batch_size, args.amp)).encode())
     folder = out.with_name(f"{out.name}.parts-{key:08x}")
     folder.mkdir(parents=True, exist_ok=True)
+    held = lock(folder) if rank == 0 else None  # until this function returns
     denoiser.amp = args.amp
     if args.device == "cuda" and not args.no_compile:
         denoiser.model.compile(dynamic=False)
@@ -437,11 +437,20 @@ def draw_images(args, rank=0, world=1):
                   f"{(len(missing) - done) * args.batch_size / rate / 60:.1f} min left", flush=True)
     barrier()
     if rank == 0:
-        loaded = [dict(np.load(part)) for part in parts]
+        loaded = [read_part(part) for part in parts]
         save_npz(out, **{name: np.concatenate([part[name] for part in loaded])[:args.sample]
                          for name in ("image", "label")})
         shutil.rmtree(folder)
         print(f"{args.sample:,} images in {out}")
+
+
+def read_part(path):
+    """A batch of synthetic images: {"image": ..., "label": ...}."""
+    try:
+        with np.load(path) as file:
+            return dict(file)
+    except (ValueError, EOFError, zipfile.BadZipFile):
+        raise InputError(f"{path}: damaged; delete it and give the same command to draw it again") from None
 
 
 def probe(args):
@@ -449,9 +458,9 @@ def probe(args):
 
     A teacher whose features do not know the class has little to teach. Asked without labels, which would be
     the answer. The probe is fitted to the first --probe training images and judged on the test images.
-    EDM's own network reaches about 94 % at its best noise level with all of CIFAR-10's (arXiv 2303.09769).
     `analyze_representations.py probe --teacher edm.pt` looks at other blocks as well.
     """
+    from analyze_representations import accuracy, linear_probe, pooled_activations  # only here: matplotlib
     encoder, data = load(args, load_edm_encoder), []
     for split, count in (("train", args.probe), ("test", None)):
         images, labels = [torch.from_numpy(array[:count]) for array in load_real(args, split)]
@@ -500,7 +509,7 @@ def parse_args(argv=None):
     add("--data-dir", default="data", help="train.npz and test.npz as in train_cifar.py, else downloaded")
     add("--out", default="runs/edm", help="folder of the run; with --sample an .npz file")
     add("--model-channels", type=int, default=128, help="width of the network at 32 x 32")
-    add("--channel-mult", type=int, nargs="+", default=[2, 2, 2], help="times that, for each resolution")
+    add("--channel-mult", type=int, nargs=3, default=[2, 2, 2], help="times that, at 32, 16 and 8 pixels")
     add("--num-blocks", type=int, default=4, help="residual blocks per resolution")
     add("--images", type=fraction, default="200e6", help="to train on, counting repetitions")
     add("--batch-size", type=int, default=512, help="over all processes")
@@ -516,8 +525,8 @@ def parse_args(argv=None):
     add("--sample", type=int, metavar="N", help="draw N images into --out instead of training")
     add("--probe", type=int, metavar="N", nargs="?", const=5000,
         help="linear probe of the features, fitted to N training images (without N: 5000)")
-    add("--amp", action=argparse.BooleanOptionalAction, default=device == "cuda",
-        help="the network computes in bfloat16")
+    add("--amp", action=argparse.BooleanOptionalAction, default=None,
+        help="the network computes in bfloat16 (without this flag: on CUDA)")
     add("--no-compile", action="store_true", help="no torch.compile (CUDA's default: compiled)")
     add("--smoke", action="store_true", help="the whole method in two minutes on a CPU")
     add("--dry-run", action="store_true", help="print the plan and stop")
@@ -525,12 +534,13 @@ def parse_args(argv=None):
         parser.set_defaults(**SMOKE)  # any other flag still beats these
     args = parser.parse_args(argv)
     for expected, fits, names in (
-            ("above 0", lambda x: x > 0, "images num_blocks lr save_every sample probe"),
+            ("above 0", lambda x: x > 0, "images num_blocks lr save_every sample"),
             ("at least 0 and below 1", lambda x: 0 <= x < 1, "dropout label_dropout"),
             ("at least 0 and below 2^63", lambda x: 0 <= x < 2**63, "seed"),
             ("at least 1", lambda x: x >= 1, "batch_size"),
             ("at least 8", lambda x: x >= 8, "model_channels"),
-            ("1 to 4 numbers above 0", lambda x: len(x) <= 4 and min(x) > 0, "channel_mult")):
+            ("at least 10", lambda x: x >= 10, "probe"),
+            ("numbers above 0", lambda x: min(x) > 0, "channel_mult")):
         for name in names.split():
             value = getattr(args, name)
             if value is not None and not fits(value):
@@ -539,6 +549,12 @@ def parse_args(argv=None):
         parser.error("--device cuda: there is no CUDA device here")
     if args.sample and not args.out.endswith(".npz"):
         parser.error(f"--out {args.out}: expected a name ending in .npz for the images of --sample")
+    if sum(map(bool, (args.sample, args.probe, args.smoke or args.dry_run))) > 1:
+        parser.error("--sample, --probe, --smoke or --dry-run: expected one of these")
+    if args.smoke and (args.dataset != "cifar10" or int(os.environ.get("WORLD_SIZE", 1)) > 1):
+        parser.error("--smoke: expected no other --dataset and no torchrun")
+    if args.amp is None:
+        args.amp = args.device == "cuda"
     args.network = {"img_resolution": 32, "label_dim": DATASETS[args.dataset].classes,
                     "model_channels": args.model_channels, "channel_mult": args.channel_mult,
                     "num_blocks": args.num_blocks, "attn_resolutions": [16]}
@@ -571,6 +587,10 @@ def start_training(args, device, rank, world, local):
     if args.batch_size > len(labels) or args.batch_size % world:
         raise InputError(f"--batch-size {args.batch_size}: expected at most the {len(labels)} images of "
                          f"--data-dir {args.data_dir}, and a multiple of the {world} processes")
+    if len(np.unique(labels)) != DATASETS[args.dataset].classes:
+        raise InputError(f"--data-dir {args.data_dir}: has images of {len(np.unique(labels))} classes, "
+                         f"expected {DATASETS[args.dataset].classes} ({args.dataset}); see DATASETS in "
+                         "train_cifar.py")
     args.data = [zlib.crc32(images), zlib.crc32(labels)]  # a run should not go on with others by mistake
     run = build_run(args, device)
     if rank == 0:
@@ -597,6 +617,8 @@ def main(argv=None):
     device = torch.device("cuda", local) if args.device == "cuda" else torch.device("cpu")
     if args.device == "cuda":
         torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True
+        torch.backends.cudnn.allow_tf32 = args.amp  # torch's default allows it, for convolutions
     if world > 1:
         backend = "cpu:gloo,cuda:nccl" if args.device == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(hours=2))
@@ -621,3 +643,5 @@ if __name__ == "__main__":
     except FloatingPointError as problem:
         print(f"error: {problem}", file=sys.stderr)
         sys.exit(1)
+    except KeyboardInterrupt:  # while drawing or probing: what is finished is on the disk
+        sys.exit(130)

@@ -129,6 +129,8 @@ def test_other_settings_on_the_same_folder_are_refused_with_the_difference(finis
     before = {path: path.read_bytes() for path in finished.iterdir()}
     with pytest.raises(InputError, match="beta 5.0 there, 6.0 now"):
         main([*EIGHT_STEPS, "--beta", "6", "--out", str(finished)])
+    with pytest.raises(InputError, match="settings .teacher_checksum [0-9]+ there, [0-9]+ now"):  # the network counts, not its name
+        main([*EIGHT_STEPS, "--teacher", str(Path(__file__).parent / "fixtures" / "edm_tiny_cond_vp.pkl"), "--out", str(finished)])
     assert {path: path.read_bytes() for path in finished.iterdir()} == before
 
 

@@ -319,10 +319,21 @@ def test_synthetic_images_are_balanced_and_functions_of_seed_and_number(finished
     with pytest.raises(FileNotFoundError):  # one of two processes alone: the other's parts are missing
         draw(tmp_path / "two.npz", 10, TINY, rank=0, world=2)
     (folder,) = tmp_path.glob("two.npz.parts-*")
-    assert sorted(part.name for part in folder.iterdir()) == ["000000000.npz", "000000008.npz"]
+    assert sorted(part.name for part in folder.glob("*.npz")) == ["000000000.npz", "000000008.npz"]
     draw(tmp_path / "two.npz", 10, finished / "edm.pt", rank=1, world=2)
     assert len(list(tmp_path.glob("two.npz.parts-*"))) == 2, "another model's images are kept apart"
     count.clear()
+    (folder / "000000004.npz").write_bytes(b"half")
+    with pytest.raises(InputError, match="000000004.npz: damaged; delete it"):
+        draw(tmp_path / "two.npz", 10, TINY)
+    (folder / "000000004.npz").unlink()
+    hold = "import fcntl, sys; file = open(sys.argv[1], 'w'); fcntl.lockf(file, fcntl.LOCK_EX); print(flush=True); input()"
+    with subprocess.Popen([sys.executable, "-c", hold, folder / "lock"], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        with pytest.raises(InputError, match="another run is at work there"):
+            draw(tmp_path / "two.npz", 10, TINY)
+        other.kill()
+    assert not count
     draw(tmp_path / "two.npz", 10, TINY)
     assert len(count) == 1 and not folder.exists(), "only what was missing is drawn"
     assert np.array_equal(np.load(tmp_path / "two.npz")["image"], images)
@@ -350,14 +361,19 @@ def test_bad_flags_and_files_are_named_and_write_nothing(finished, folder, tmp_p
     torch.save({"step": 3}, tmp_path / "other.pt")
     (tmp_path / "there.npz").write_text("mine")
     for split in ("train", "test"):
-        np.savez(tmp_path / f"{split}.npz", image=np.zeros((8, 32, 32, 3), np.uint8), label=np.arange(8))
+        np.savez(tmp_path / f"{split}.npz", image=np.zeros((10, 32, 32, 3), np.uint8), label=np.arange(10))
+    (tmp_path / "seven").mkdir()
+    np.savez(tmp_path / "seven" / "train.npz", image=np.zeros((8, 32, 32, 3), np.uint8), label=np.arange(8) % 7)
     run, out = ["--data-dir", str(folder)], ["--out", str(tmp_path / "never")]
     draw = ["--sample", "8", "--out", str(tmp_path / "never.npz"), "--model"]
     for flags, named in [
             ([*out, "--images", "0"], "--images"), ([*out, "--lr", "-1"], "--lr"), ([*out, "--label-dropout", "1"], "--label-dropout"),
-            ([*out, "--channel-mult", "0", "1"], "--channel-mult"), ([*out, "--model-channels", "4"], "--model-channels 4"),
-            ([*out, "--model-channels", "130", "--batch-size", "8"], "--model-channels 130"), ([*out, "--batch-size", "65"], "--batch-size 65"),
-            ([*out, "--sample", "8"], ".npz"), ([*out, "--sample", "0"], "--sample 0"), ([*out, "--data-dir", str(tmp_path / "x")], "x"),
+            ([*out, "--channel-mult", "0", "1", "1"], "--channel-mult"), ([*out, "--model-channels", "4"], "--model-channels 4"),
+            ([*out, "--model-channels", "130", "--batch-size", "8"], "--model-channels"), ([*out, "--batch-size", "65"], "--batch-size 65"),
+            ([*out, "--sample", "8"], ".npz"), ([*out, "--sample", "0"], "--sample 0"), ([*out, "--probe", "1"], "--probe 1"),
+            ([*out, "--channel-mult", "1", "1"], "--channel-mult"), ([*out, *FLAGS, "--num-blocks", "33"], "--num-blocks"),
+            ([*draw, str(TINY), "--dry-run"], "--dry-run"), ([*out, "--smoke", "--dataset", "cifar100"], "--smoke"),
+            ([*out, *FLAGS, "--data-dir", str(tmp_path / "seven")], "has images of 7 classes, expected 10"), ([*out, "--data-dir", str(tmp_path / "x")], "x"),
             ([*draw, str(tmp_path / "none.pt")], "none.pt"), ([*draw, str(tmp_path / "page.pt")], "page.pt: this is a web page"),
             ([*draw, str(tmp_path / "other.pt")], "other.pt: damaged, refused or no diffusion model"),
             ([*draw, str(TINY), "--dataset", "cifar100"], "10 classes"),
