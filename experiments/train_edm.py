@@ -112,15 +112,15 @@ class SongUNet(SongUNetEncoder):
         """x [B, 3, H, W] scaled by c_in, the rest as in `embed` -> [B, 3, H, W]."""
         emb = self.embed(c_noise, class_labels)
         image, skips = x, []
-        for name, module in self.enc.items():
+        for name, module in self.enc.items():  # down, from 32 x 32 to 8 x 8
             if name.endswith("_aux_residual"):  # NCSN++: see SongUNetEncoder
                 x = image = (x + module(image)) * 0.5**0.5
                 skips.pop()  # the sum takes the place of what it was added to
             else:
                 x = module(x, emb) if isinstance(module, UNetBlock) else module(x)
             skips.append(x)
-        for name, module in self.dec.items():
-            if "_block" in name:
+        for name, module in self.dec.items():  # two blocks in the middle, then up again
+            if "_block" in name:  # "_in0", "_in1" and "_up" see no skip connection
                 x = torch.cat([x, skips.pop()], dim=1)
             if isinstance(module, UNetBlock):
                 x = module(x, emb)
@@ -200,7 +200,7 @@ def sample(denoiser, latents, labels, steps=18):
     high, low = SIGMA_MAX ** (1 / RHO), SIGMA_MIN ** (1 / RHO)
     levels = [*((high + share * (low - high)) ** RHO).tolist(), 0.0]
     slope = lambda x, sigma: (x - denoiser(x.float(), sigma, labels).double()) / sigma
-    x = SIGMA_MAX * latents.double()
+    x = SIGMA_MAX * latents.double()  # at sigma = 80 an image of size 1 can be neglected beside the noise
     for sigma, following in zip(levels, levels[1:]):
         first = slope(x, sigma)
         euler = x + (following - sigma) * first
@@ -246,6 +246,8 @@ def draw_batch(images, labels, step, args, rank=0, world=1):
 
     draw = {"generator": generator(args.seed, step, "diffusion", images.device), "device": images.device}
     flip, dropped = torch.rand(2, len(index), **draw)
+    # Two thirds of the levels lie between 0.09 and 1. With far less noise there is hardly anything to remove,
+    # with far more there is hardly anything left to see, and in between images take shape.
     sigma = (LOG_SIGMA[0] + LOG_SIGMA[1] * torch.randn(len(index), **draw)).exp()
     noise = torch.randn(len(index), 3, 32, 32, **draw)
 
@@ -422,6 +424,8 @@ def draw_images(args, rank=0, world=1):
     if args.device == "cuda" and not args.no_compile:
         denoiser.model.compile(dynamic=False)
 
+    # A part is named by the number of its first image. Only whole batches: a network's output may differ in
+    # the last digits where the batch has another size, so the last one is cut in the end.
     parts = [folder / f"{start:09d}.npz" for start in range(0, args.sample, args.batch_size)]
     missing, started = [part for part in parts[rank::world] if not part.exists()], time.time()
     for done, part in enumerate(missing, 1):
@@ -468,6 +472,7 @@ def probe(args):
     print(f"{args.model}: linear probe of {encoder.layer}, {encoder.width} wide, without labels;",
           f"{len(data[0][1]):,} training and {len(data[1][1]):,} test images")
     for sigma in PROBE_SIGMAS:
+        # A probe for each level, as the same layer may say the same thing differently at another one.
         fitted, judged = [pooled_activations(encoder, [encoder.layer], images, sigma, args)[encoder.layer]
                           for images, _ in data]
         head = linear_probe(fitted, data[0][1].to(args.device), encoder.label_dim)
