@@ -97,10 +97,10 @@ def test_equals_the_library_image_by_image(images, labels, undisturbed):
 
 @pytest.mark.parametrize("version", ["plus", "rand"])
 def test_other_versions_equal_the_librarys(images, labels, tmp_path, version):
-    some, few = images[:6], labels[:6]
+    some, few = images[:4], labels[:4]
     library = pyautoattack.AutoAttack(tiny_model(), norm="Linf", eps=EPS, version=version, seed=0)
-    adversarial, predicted = library.run_standard_evaluation(some, few, batch_size=4)
-    result = evaluate(tiny_model(), some, few, tmp_path, EPS, version=version, batch_size=4)
+    adversarial, predicted = library.run_standard_evaluation(some, few, batch_size=3)
+    result = evaluate(tiny_model(), some, few, tmp_path, EPS, version=version, batch_size=3)
     assert torch.equal(result.adversarial, adversarial) and torch.equal(result.predicted, predicted)
     assert len(result.attacks) == {"plus": 6, "rand": 2}[version]
 
