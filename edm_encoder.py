@@ -6,31 +6,36 @@
     target = encoder(images, labels, sigma=0.06)             # images [B, 3, 32, 32] in [0, 1] -> [B, 256]
 
 The target is g(x_t, t, y) of the paper's eq. (3). A diffusion model is a denoiser: it is shown a noisy image
-x_t = x + sigma * noise and a label y, and has learned to tell the clean x. EDM's network (Karras et al. 2022,
-arXiv 2206.00364) is a UNet. It shrinks the image from 32 x 32 to 8 x 8 positions and grows it again. Fine
-detail takes the skip connections past the middle, so what the narrow middle has to hold is what the image
-shows. The paper takes the output of the last block before upsampling begins, dec.8x8_in1, and averages it
-over the 8 x 8 positions (appendix D).
+x_t = x + sigma * noise and a label y, and has learned to predict the clean x. EDM's network (Karras et al.
+2022, arXiv 2206.00364) is a UNet: an encoder shrinks the image from 32 x 32 to 8 x 8 positions, a decoder
+grows it again, and skip connections carry detail past the middle.
 
-Why add noise to a clean image first? The network has hardly ever seen one without, and sigma decides what
-it looks for. With almost no noise the answer is the input itself, and nothing needs to be understood. With
-a lot of it there is nothing left to see. A little noise drowns the detail that does not matter for
-recognition and keeps the object, so features are best at one small sigma and get worse on both sides of it
-(section 3). DDAE found that sigma to be 0.06 for EDM on CIFAR-10 (Xiang et al. 2023, arXiv 2303.09769). It
-is measured on images in [-1, 1]; on the [0, 1] scale it would be 0.03.
+Which block? The paper takes "the UNet bottleneck block before the upsampling layers" and averages it over
+its positions (appendix D). In NVIDIA's names the bottleneck is dec.8x8_in0 and dec.8x8_in1: all that reaches
+the decoder passes through these two blocks, except for the skip connections. The default is the second one,
+dec.8x8_in1, as it fits the paper's words best. It is not the last block at 8 x 8: dec.8x8_block0 to block4
+follow, each with a skip connection, and only then dec.16x16_up doubles the resolution. The words do not
+exclude block4, so any block of the UNet can be chosen.
 
-This file holds the first half of EDM's SongUNet in both its forms, DDPM++ ("vp" files) and NCSN++ ("ve"
-files), and a reader for NVIDIA's .pkl files and for the .pt files of experiments/train_edm.py, where the
-second half is. NVIDIA's loader executes the Python source that is embedded in each .pkl. Ours takes tensors,
-numbers and strings, and refuses a file that asks for anything else. The code is our own, the parameter names
-are NVIDIA's. So are the weights in NVIDIA's files, under CC BY-NC-SA 4.0 (no commercial use), which may also
-bind models that are trained with them.
+Why add noise to a clean image first? The network has hardly ever seen an image without noise, and sigma
+decides what it looks for. With almost no noise the answer is the input itself, and nothing needs to be
+understood. With a lot of noise nothing is left to see. A little noise hides fine texture and keeps the
+object, so features are best at one small sigma and get worse on both sides of it (section 3). DDAE (Xiang et
+al. 2023, arXiv 2303.09769) found 0.06 for an EDM of CIFAR-10, in a network without labels and at about
+dec.16x16_block1. At other blocks another sigma may be better; linear probes tell. Sigma is on the scale of
+images in [-1, 1]. On the scale [0, 1] this noise would have a deviation of 0.03.
+
+This file holds EDM's SongUNet in its DDPM++ form (NVIDIA's "vp" files), and a reader for NVIDIA's .pkl files
+and for the .pt files of experiments/train_edm.py. NVIDIA's loader executes the Python source that is embedded
+in each .pkl. Ours takes tensors, numbers and strings, and refuses a file that asks for anything else. The
+code is our own, the parameter names are NVIDIA's. So are the weights in NVIDIA's files, under CC BY-NC-SA 4.0
+(no commercial use), which may also bind models that are trained with them.
 """
 import argparse
 import functools
-import hashlib
 import io
 import pickle
+import re
 import sys
 import zipfile
 from pathlib import Path
@@ -39,53 +44,18 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+
+class InputError(ValueError):
+    """What the user gave cannot be used. The message is one line that names it; the exit code is 2."""
+
+
 # ------------------------------------------------------------------------------------------------------------
-# Building blocks of EDM's UNets. Nothing in them is particular to the first half.
+# The network: SongUNet, the UNet of Song et al. 2021 (arXiv 2011.13456), with EDM's changes.
 
 
-class Conv2d(nn.Module):
-    """Convolution with zero padding; `down` also halves height and width, `up` doubles them (EDM's Conv2d).
-
-    Dropping every second pixel would turn fine stripes into false coarse ones (aliasing), so each channel is
-    blurred first. resample_filter holds the blur's 1-D taps: [1, 1], the mean of 2 x 2 pixels, in DDPM++ and
-    [1, 3, 3, 1] in NCSN++. fused: convolve first and blur afterwards, as NCSN++ does for its image pyramid.
-    """
-
-    def __init__(self, in_channels, out_channels, kernel, down=False, up=False, resample_filter=(1, 1),
-                 fused=False):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(out_channels, in_channels, kernel, kernel))
-        self.bias = nn.Parameter(torch.zeros(out_channels))
-        nn.init.kaiming_uniform_(self.weight, a=5**0.5)  # torch's default, until a file is loaded
-        self.down, self.up, self.fused, self.padding = down, up, fused, kernel // 2
-        if down or up:
-            taps = torch.tensor(resample_filter, dtype=torch.float32)
-            blur = taps.outer(taps) / taps.sum() ** 2  # sums to 1: a constant image stays what it is
-            self.register_buffer("resample_filter", blur[None, None])  # [1, 1, L, L], in the file as well
-
-    def forward(self, x):
-        """x [B, in_channels, H, W] -> [B, out_channels, H, W], or half or twice the height and width."""
-        if self.up:
-            x = self.double_and_blur(x)
-        if not self.down:
-            return F.conv2d(x, self.weight, self.bias, padding=self.padding)
-        blur_padding = (self.resample_filter.shape[-1] - 1) // 2
-        if self.fused:  # all of the padding comes first; more between the two would change the border
-            x = F.conv2d(x, self.weight, self.bias, padding=self.padding + blur_padding)
-            return self.blur_and_halve(x, padding=0)
-        return F.conv2d(self.blur_and_halve(x, blur_padding), self.weight, self.bias, padding=self.padding)
-
-    def blur_and_halve(self, x, padding):
-        """x [B, C, H, W] -> half the height and width, each channel blurred by itself."""
-        blur = self.resample_filter.to(x.dtype).expand(x.shape[1], 1, -1, -1)  # one blur for all channels
-        return F.conv2d(x, blur, groups=x.shape[1], stride=2, padding=padding)
-
-    def double_and_blur(self, x):
-        """x [B, C, H, W] -> twice the height and width: zeros between the pixels, then the blur, times 4 as
-        only a quarter of the pixels are not zero. With [1, 1] each pixel becomes 2 x 2 equal ones."""
-        blur = 4 * self.resample_filter.to(x.dtype).expand(x.shape[1], 1, -1, -1)
-        padding = (blur.shape[-1] - 1) // 2
-        return F.conv_transpose2d(x, blur, groups=x.shape[1], stride=2, padding=padding)
+def convolution(in_channels, out_channels, kernel):
+    """A convolution that keeps height and width (zero padding)."""
+    return nn.Conv2d(in_channels, out_channels, kernel, padding=kernel // 2)
 
 
 def group_norm(channels):
@@ -98,36 +68,41 @@ class UNetBlock(nn.Module):
 
     emb [B, emb_channels] says how noisy the image is and what it shows. It enters as an offset per channel
     between the two convolutions, so that one set of weights can treat a little noise and a lot differently.
+    `down` halves height and width: each 2 x 2 pixels are averaged, as taking every second pixel would turn
+    fine stripes into coarse ones that are not there (aliasing). `up` doubles them by repeating pixels. Both
+    branches resample before their convolution.
     """
 
-    dropout = 0.0  # between the two convolutions; who trains a network sets it
-
     def __init__(self, in_channels, out_channels, emb_channels, down=False, up=False, attention=False,
-                 resample_filter=(1, 1)):
+                 dropout=0.0):
         super().__init__()
-        resample = {"down": down, "up": up, "resample_filter": resample_filter}
+        self.out_channels, self.attention, self.dropout = out_channels, attention, dropout
+        self.resample = nn.Identity()
+        if down:
+            self.resample = nn.AvgPool2d(2)
+        elif up:
+            self.resample = nn.Upsample(scale_factor=2)
         self.norm0 = group_norm(in_channels)
-        self.conv0 = Conv2d(in_channels, out_channels, kernel=3, **resample)
+        self.conv0 = convolution(in_channels, out_channels, 3)
         self.affine = nn.Linear(emb_channels, out_channels)
         self.norm1 = group_norm(out_channels)
-        self.conv1 = Conv2d(out_channels, out_channels, kernel=3)
-        self.skip = None  # where the shape stays, x is added as it is
+        self.conv1 = convolution(out_channels, out_channels, 3)
+        self.skip = nn.Identity()
         if down or up or in_channels != out_channels:
-            self.skip = Conv2d(in_channels, out_channels, kernel=1, **resample)
-        self.attention = attention
+            self.skip = convolution(in_channels, out_channels, 1)
         if attention:
             self.norm2 = group_norm(out_channels)
-            self.qkv = Conv2d(out_channels, 3 * out_channels, kernel=1)
-            self.proj = Conv2d(out_channels, out_channels, kernel=1)
+            self.qkv = convolution(out_channels, 3 * out_channels, 1)
+            self.proj = convolution(out_channels, out_channels, 1)
 
     def forward(self, x, emb):
-        """x [B, in_channels, H, W], emb [B, emb_channels] -> [B, out_channels, H, W], H, W as in Conv2d."""
-        h = self.conv0(F.silu(self.norm0(x)))
+        """x [B, in_channels, H, W], emb [B, emb_channels] -> [B, out_channels, H, W] (or H / 2, or 2 H)."""
+        h = self.conv0(self.resample(F.silu(self.norm0(x))))
         h = F.silu(self.norm1(h + self.affine(emb)[:, :, None, None]))
         h = self.conv1(F.dropout(h, self.dropout, self.training))
-        # Two independent branches of unit variance add up to variance 2. The factor sqrt(1/2) takes it back
-        # to 1, or activations would grow from block to block. The weights were trained with it.
-        x = (h + (x if self.skip is None else self.skip(x))) * 0.5**0.5
+        # Two independent branches of variance 1 add up to variance 2. The factor sqrt(1/2) takes it back to
+        # 1, or activations would grow from block to block. The weights were trained with it.
+        x = (h + self.skip(self.resample(x))) * 0.5**0.5
         if not self.attention:
             return x
         # One head, and each of the H*W positions looks at all others. Mind the layout of the 3C channels: C
@@ -139,81 +114,79 @@ class UNetBlock(nn.Module):
         return (self.proj(attended) + x) * 0.5**0.5
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The network: encoder and bottleneck of EDM's SongUNet, the UNet of Song et al. 2021 (arXiv 2011.13456).
+class SongUNet(nn.Module):
+    """F, EDM's UNet in its DDPM++ form. Arguments have NVIDIA's names and meaning; dropout acts in training.
 
-
-class SongUNetEncoder(nn.Module):
-    """The first half of SongUNet, as far as `layer`, "enc.<name>" or "dec.<name>".
-
-    self.enc and self.dec hold the blocks in the order of computing, each under its name in the file. The
-    bottleneck's two blocks count as the decoder's first ones there: dec.8x8_in0 and dec.8x8_in1. The other
-    arguments are NVIDIA's constructor's, as a file states them; those that only concern training or the
-    second half are left out (`_UNUSED_ARGUMENTS`). Raises ValueError for a layer or a kind of network it
-    does not have.
+    `enc` and `dec` hold the blocks in the order of computing, each under its name in NVIDIA's files. A layer
+    is named "enc.<block>" or "dec.<block>". The decoder mirrors the encoder, from 8 x 8 back to 32 x 32. Its
+    blocks "<resolution>_block<i>" also get, along the channels, an output of the encoder at that resolution
+    (a skip connection), the last one first. There is one such block more than in the encoder, since "_conv"
+    and "_down" have skip connections as well. Raises InputError for sizes that nobody means, say from a
+    damaged file: a billion blocks would take a while to build.
     """
 
-    def __init__(self, layer, img_resolution, in_channels=3, label_dim=0, model_channels=128,
+    def __init__(self, img_resolution, in_channels=3, out_channels=3, label_dim=0, model_channels=128,
                  channel_mult=(1, 2, 2, 2), channel_mult_emb=4, num_blocks=4, attn_resolutions=(16,),
-                 embedding_type="positional", channel_mult_noise=1, encoder_type="standard",
-                 resample_filter=(1, 1)):
+                 dropout=0.0):
         super().__init__()
-        known = embedding_type in ("positional", "fourier") and encoder_type in ("standard", "residual")
-        # The numbers may come from a damaged file, and a billion blocks would take a while to build.
-        if not known or not 1 <= len(channel_mult) <= 8 or not 1 <= num_blocks <= 32:
-            raise ValueError(f"no DDPM++ or NCSN++ network: {embedding_type=}, {encoder_type=}, "
-                             f"{channel_mult=}, {num_blocks=}")
-        noise_channels, emb_channels = model_channels * channel_mult_noise, model_channels * channel_mult_emb
-        self.label_dim, self.noise_channels = label_dim, noise_channels
-        if embedding_type == "fourier":
-            self.map_noise = nn.Module()  # computes nothing, but gives the buffer its name in the file
-            self.map_noise.register_buffer("freqs", 16 * torch.randn(noise_channels // 2))
+        if not 1 <= len(channel_mult) <= 8 or not 1 <= num_blocks <= 32:
+            raise InputError(f"{channel_mult=}, {num_blocks=}: expected 1 to 8 resolutions, 1 to 32 blocks")
+        emb_channels = model_channels * channel_mult_emb
+        self.label_dim, self.model_channels = label_dim, model_channels
         if label_dim:
-            self.map_label = nn.Linear(label_dim, noise_channels)
-        self.map_layer0 = nn.Linear(noise_channels, emb_channels)
+            self.map_label = nn.Linear(label_dim, model_channels)
+        self.map_layer0 = nn.Linear(model_channels, emb_channels)
         self.map_layer1 = nn.Linear(emb_channels, emb_channels)
 
-        block = {"emb_channels": emb_channels, "resample_filter": resample_filter}
+        make = functools.partial(UNetBlock, emb_channels=emb_channels, dropout=dropout)
         self.enc, self.dec = nn.ModuleDict(), nn.ModuleDict()
+        levels = [(img_resolution >> level, model_channels * mult) for level, mult in enumerate(channel_mult)]
         channels = model_channels
-        for level, multiple in enumerate(channel_mult):  # from 32 x 32 down to 8 x 8
-            name, width = f"{img_resolution >> level}x{img_resolution >> level}", model_channels * multiple
-            if level == 0:
-                self.enc[f"{name}_conv"] = Conv2d(in_channels, channels, kernel=3)
+        for resolution, width in levels:  # from 32 x 32 down to 8 x 8
+            name = f"{resolution}x{resolution}"
+            if resolution == img_resolution:
+                self.enc[f"{name}_conv"] = convolution(in_channels, channels, 3)
             else:
-                self.enc[f"{name}_down"] = UNetBlock(channels, channels, down=True, **block)
-            if level > 0 and encoder_type == "residual":  # NCSN++ shows the image again at each resolution
-                self.enc[f"{name}_aux_residual"] = Conv2d(in_channels, channels, kernel=3, down=True,
-                                                          fused=True, resample_filter=resample_filter)
-                in_channels = channels  # the next one starts from this one's result, not from the image
-            attention = img_resolution >> level in attn_resolutions
+                self.enc[f"{name}_down"] = make(channels, channels, down=True)
             for i in range(num_blocks):
-                self.enc[f"{name}_block{i}"] = UNetBlock(channels, width, attention=attention, **block)
+                attention = resolution in attn_resolutions
+                self.enc[f"{name}_block{i}"] = make(channels, width, attention=attention)
                 channels = width
-        self.dec[f"{name}_in0"] = UNetBlock(channels, channels, attention=True, **block)
-        self.dec[f"{name}_in1"] = UNetBlock(channels, channels, **block)
-        self._drop_what_follows(layer)
+        skips = [block.out_channels for block in self.enc.values()]
+        self.dec[f"{name}_in0"] = make(channels, channels, attention=True)  # the bottleneck
+        self.dec[f"{name}_in1"] = make(channels, channels)
+        for resolution, width in reversed(levels):  # and up again
+            name = f"{resolution}x{resolution}"
+            if resolution != levels[-1][0]:
+                self.dec[f"{name}_up"] = make(channels, channels, up=True)
+            for i in range(num_blocks + 1):
+                attention = i == num_blocks and resolution in attn_resolutions
+                self.dec[f"{name}_block{i}"] = make(channels + skips.pop(), width, attention=attention)
+                channels = width
+        self.dec[f"{name}_aux_norm"] = group_norm(channels)
+        self.dec[f"{name}_aux_conv"] = convolution(channels, out_channels, 3)
 
-    def _drop_what_follows(self, layer):
-        """Keep the blocks up to `layer`: later ones would cost time and memory and change nothing."""
-        names = [f"enc.{name}" for name in self.enc] + [f"dec.{name}" for name in self.dec]
+    def stop_after(self, layer):
+        """Remove the blocks that follow `layer`, so that `forward` returns this block's output. Returns its
+        number of channels. Raises InputError for an unknown layer."""
+        names = [f"{part}.{name}" for part in ("enc", "dec") for name in getattr(self, part)]
         if layer not in names:
-            raise ValueError(f"no layer {layer!r} in this network; it has {', '.join(names)}")
+            raise InputError(f"no layer {layer!r} in this network; it has {', '.join(names)}")
         for name in names[names.index(layer) + 1:]:
             part, key = name.split(".")
             del getattr(self, part)[key]
+        last = self.get_submodule(layer)
+        return last.num_channels if isinstance(last, nn.GroupNorm) else last.out_channels
 
     def embed(self, c_noise, class_labels):
         """c_noise [B], class_labels [B, label_dim], one-hot or zero -> emb [B, emb_channels]."""
-        if hasattr(self, "map_noise"):  # NCSN++: random Fourier frequencies, drawn once before training
-            phase = c_noise.outer(2 * torch.pi * self.map_noise.freqs)
-        else:  # DDPM++: frequencies from 1 to 1/10000 in geometric steps, as for positions in a transformer
-            half = self.noise_channels // 2
-            exponent = torch.arange(half, dtype=torch.float32, device=c_noise.device) / (half - 1)
-            phase = c_noise.outer((1 / 10000) ** exponent)
-        # Sine first: EDM computes [cos | sin], and its SongUNet then swaps the halves. In the other order the
-        # network runs just as well and is told nonsense about the noise.
-        emb = torch.cat([phase.sin(), phase.cos()], dim=1)  # [B, noise_channels]
+        # Frequencies from 1 to 1/10000 in geometric steps, as for positions in a transformer. Sine first: EDM
+        # computes [cos | sin], and its SongUNet then swaps the halves. In the other order the network runs
+        # just as well and is told nonsense about the noise.
+        half = self.model_channels // 2
+        exponent = torch.arange(half, dtype=torch.float32, device=c_noise.device) / (half - 1)
+        phase = c_noise.outer((1 / 10000) ** exponent)
+        emb = torch.cat([phase.sin(), phase.cos()], dim=1)  # [B, model_channels]
         if self.label_dim:
             # A one-hot vector has mean square 1 / label_dim, and sqrt(label_dim) makes it 1. No label is the
             # zero vector; map_label's bias is added all the same.
@@ -221,16 +194,21 @@ class SongUNetEncoder(nn.Module):
         return F.silu(self.map_layer1(F.silu(self.map_layer0(emb))))
 
     def forward(self, x, c_noise, class_labels):
-        """x [B, 3, H, W] scaled by c_in, the rest as in `embed` -> activations at `layer`, [B, C, h, w]."""
+        """x [B, 3, H, W] scaled by c_in, the rest as in `embed` -> F's output [B, 3, H, W], or, after
+        `stop_after`, the activations at that layer [B, C, h, w]."""
         emb = self.embed(c_noise, class_labels)
-        image = x  # what NCSN++ shows again at each level: first the image, then the last such sum
-        for name, module in self.enc.items():
-            if name.endswith("_aux_residual"):
-                x = image = (x + module(image)) * 0.5**0.5
-            else:
-                x = module(x, emb) if isinstance(module, UNetBlock) else module(x)
-        for module in self.dec.values():
-            x = module(x, emb)
+        n_skips = sum("_block" in name for name in self.dec)  # the encoder's last outputs; others are let go
+        skips = []
+        for i, block in enumerate(self.enc.values(), 1):
+            x = block(x, emb) if isinstance(block, UNetBlock) else block(x)
+            if i > len(self.enc) - n_skips:
+                skips.append(x)
+        for name, block in self.dec.items():
+            if "_block" in name:  # the bottleneck and "_up" have no skip connection
+                x = torch.cat([x, skips.pop()], dim=1)
+            if name.endswith("_aux_conv"):
+                x = F.silu(x)
+            x = block(x, emb) if isinstance(block, UNetBlock) else block(x)
         return x
 
 
@@ -247,22 +225,22 @@ class EDMEncoder(nn.Module):
     where F is the network. x_t has the images' variance, sigma_data^2 = 0.5^2 on [-1, 1], plus the noise's,
     sigma^2. c_in brings it to 1 at every noise level, so that F never meets an input of unusual size.
     c_noise tells F the level, which ranges over orders of magnitude, on a logarithmic scale. c_skip and
-    c_out concern the output, which we never compute.
+    c_out concern the output, which features do not need.
 
     Frozen: no parameter requires a gradient, and nothing depends on train or eval mode. A gradient into the
     images flows where the caller asks for one. Attributes: img_resolution, label_dim (0: the network takes
-    no label), layer, width (channels at that layer), arguments (of the constructor, without `layer`).
-    **network: SongUNetEncoder's other arguments.
+    no label), layer, width (channels at that layer), arguments (of the constructor, without `layer`), model
+    (the SongUNet, as far as `layer`). **network: SongUNet's arguments. Raises InputError for a layer that it
+    does not have.
     """
 
     def __init__(self, layer="dec.8x8_in1", sigma_data=0.5, **network):
         super().__init__()
-        self.model = SongUNetEncoder(layer, **network)
+        self.model = SongUNet(**network)
         self.layer, self.sigma_data = layer, float(sigma_data)
         self.arguments = {"sigma_data": self.sigma_data, **network}  # to build another one like it
         self.img_resolution, self.label_dim = network["img_resolution"], self.model.label_dim
-        last = list((self.model.dec or self.model.enc).values())[-1]
-        self.width = (last.conv1 if isinstance(last, UNetBlock) else last).weight.shape[0]
+        self.width = self.model.stop_after(layer)
         self.requires_grad_(False).eval()
 
     def activations(self, images, labels, sigma, noise=None):
@@ -302,7 +280,7 @@ class EDMEncoder(nn.Module):
 # Reading diffusion models, first NVIDIA's .pkl files. A pickle is a program: it names functions and classes,
 # calls them and changes what they return. So each name that an EDM file uses is answered with an inert record
 # of how it was called, and any other name ends the reading. Only afterwards our own code turns the records
-# that we need into tensors.
+# into tensors.
 
 
 class _Inert:
@@ -327,7 +305,6 @@ _NAMES = {  # (module, name) that a file may ask for: what the call returns
     ("numpy.core.multiarray", "scalar"): _Inert,
     ("numpy._core.multiarray", "scalar"): _Inert,  # the same in newer files
 }
-_UNUSED_ARGUMENTS = ("out_channels", "augment_dim", "dropout", "label_dropout", "decoder_type")
 
 
 class _InertUnpickler(pickle.Unpickler):
@@ -343,103 +320,129 @@ def _state(module):
     return vars(module) if "_modules" in vars(module) else module.args[0]["state"]
 
 
-def _one_line(error):
-    """An error's first line in ASCII, since it may quote the file."""
-    return ascii((str(error).splitlines() or [""])[0])[1:-1][:200] or type(error).__name__
-
-
-def read_edm_pickle(path):
-    """Read an EDM .pkl without running anything in it.
-
-    Returns (SongUNetEncoder's arguments, sigma_data, the file's EDMPrecond as an inert record). Raises
-    ValueError for a file that is no such pickle, is damaged, or asks for more than tensors and plain data.
-    """
-    with open(path, "rb") as file:
-        if file.read(64).lstrip()[:1] == b"<":
-            raise ValueError("this is a web page (HTML), not a .pkl; download the file itself")
-        file.seek(0)
-        try:
-            precond = _InertUnpickler(file).load()["ema"]  # the averaged weights, which NVIDIA samples with
-            network = _state(precond)["_modules"]["model"]
-            classes = [str(module.args[0]["class_name"]) for module in (precond, network)]
-            arguments = dict(_state(network)["_init_kwargs"])
-            sigma_data = float(_state(precond).get("sigma_data", 0.5))
-        except Exception as error:  # a damaged or hostile pickle can fail in any way
-            raise ValueError(f"cut off, refused or not an EDM network ({_one_line(error)}); expected tensors "
-                             "and plain data, a dict with an EDMPrecond under 'ema'") from None
-    if classes != ["EDMPrecond", "SongUNet"]:
-        raise ValueError(f"holds {ascii(classes)}, expected EDMPrecond and SongUNet (edm-cifar10-*.pkl)")
-    return {key: arguments[key] for key in arguments if key not in _UNUSED_ARGUMENTS}, sigma_data, precond
-
-
-def _unpickled_tensor(precond, name):
-    """The tensor of a state_dict name in read_edm_pickle's record, as float32. KeyError if there is none."""
-    *path, last = name.split(".")
-    state = _state(precond)
-    for part in path:
-        state = _state(state["_modules"][part])
-    record = (state["_parameters"] | state["_buffers"])[last]
+def _tensor(record):
+    """The tensor that a record of its rebuilding stands for; it shares the storage's memory."""
     if type(record).__name__ == "_rebuild_parameter":
         record = record.args[0]
     storage, offset, size, stride = record.args[:4]
     # The bytes are a pickle once more. weights_only lets torch build tensors from it and nothing else.
     storage = torch.load(io.BytesIO(storage.args[0]), map_location="cpu", weights_only=True)
     flat = torch.empty(0, dtype=storage.dtype).set_(storage)
-    return torch.as_strided(flat, size, stride, offset).float().clone()
+    return torch.as_strided(flat, size, stride, offset)  # an error where it would reach beyond the storage
 
 
-def find_tensor(source, name, shape):
-    """The tensor of that state_dict name, say "model.enc.32x32_conv.weight", in read_edm_pickle's record or
-    in a state dict, as float32.
+def _tensors(module, prefix=""):
+    """All tensors of an unpickled module by their state_dict names."""
+    state = _state(module)
+    records = {**state["_parameters"], **state["_buffers"]}
+    tensors = {prefix + name: _tensor(record) for name, record in records.items() if record is not None}
+    for name, child in state["_modules"].items():
+        tensors |= _tensors(child, f"{prefix}{name}.")
+    return tensors
 
-    Raises ValueError where there is none of that shape, RuntimeError where it would reach beyond its storage.
-    """
-    try:
-        tensor = source[name].float() if isinstance(source, dict) else _unpickled_tensor(source, name)
-    except KeyError:
-        raise ValueError(f"{name} is missing") from None
-    if tensor.shape != shape:
-        raise ValueError(f"{name} is {list(tensor.shape)}, expected {list(shape)} from its arguments")
-    return tensor
+
+def _one_line(error):
+    """An error's first line in ASCII, since it may quote the file."""
+    return ascii(str(error).partition("\n")[0])[1:-1][:2000] or type(error).__name__
+
+
+def read_edm_pickle(path):
+    """Read NVIDIA's .pkl without running anything in it. Returns (SongUNet's arguments and sigma_data as a
+    dict, SongUNet's tensors by name). Raises any exception for a file of another kind."""
+    with open(path, "rb") as file:
+        precond = _InertUnpickler(file).load()["ema"]  # the averaged weights, which NVIDIA samples with
+    network = _state(precond)["_modules"]["model"]
+    classes = [str(module.args[0]["class_name"]) for module in (precond, network)]
+    if classes != ["EDMPrecond", "SongUNet"]:
+        raise ValueError(f"it holds {classes}, not EDMPrecond and SongUNet")
+    sigma_data = float(_state(precond).get("sigma_data", 0.5))
+    return {**_state(network)["_init_kwargs"], "sigma_data": sigma_data}, _tensors(network)
 
 
 def read_edm_checkpoint(path):
-    """Read the file that experiments/train_edm.py writes. Returns what `read_edm_pickle` does, with a plain
-    state dict in place of the record. Raises ValueError for any other file of torch.save's."""
+    """Read the file that experiments/train_edm.py writes. Returns and raises as `read_edm_pickle`."""
+    saved = torch.load(path, map_location="cpu", weights_only=True)
+    tensors = {name: x for name, x in saved["model_state_dict"].items() if isinstance(x, torch.Tensor)}
+    return dict(saved["edm_arguments"]), tensors
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Files of both kinds.
+
+_DDPMPP = {"embedding_type": "positional", "encoder_type": "standard", "decoder_type": "standard",
+           "channel_mult_noise": 1, "resample_filter": [1, 1]}  # NCSN++ has other values here
+_TRAINING = ("augment_dim", "dropout", "label_dropout")  # arguments that concern NVIDIA's training alone
+
+
+def check_file(path):
+    """Raise InputError for what downloads often leave in place of a file, OSError if it cannot be opened."""
+    with open(path, "rb") as file:
+        start = file.read(512).lstrip().lower()
+    if start.startswith(b"version https://git-lfs"):
+        raise InputError(f"{path}: is a Git LFS pointer, not the file itself: run git lfs pull")
+    if start.startswith((b"<!doctype html", b"<html")):
+        raise InputError(f"{path}: is a web page (HTML), not the file itself: download it again")
+
+
+def local_file(path_or_url):
+    """The path of a file. A URL is downloaded once into torch.hub's cache. There the whole URL is in the
+    name, since different teachers share its last part. Raises InputError where it cannot be downloaded."""
+    url = str(path_or_url)
+    if not url.startswith(("http://", "https://")):
+        return path_or_url
+    path = Path(torch.hub.get_dir()) / "checkpoints" / re.sub(r"[^\w.-]+", "-", url)[-200:]
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(url, str(path))  # to a temporary name first
+            check_file(path)
+        except Exception as error:
+            path.unlink(missing_ok=True)  # a web page that says "not found" should not stay in the cache
+            raise InputError(f"{url}: cannot be downloaded ({_one_line(error)})") from None
+    return path
+
+
+def read_edm(path):
+    """What an EDM file holds: (SongUNet's arguments and sigma_data, SongUNet's tensors by name). Nothing in
+    the file is run. Raises as `load_edm_encoder`."""
+    check_file(path)
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        arguments = dict(saved["edm_arguments"])
-        sigma_data = float(arguments.pop("sigma_data", 0.5))
-        tensors = {f"model.{name}": tensor for name, tensor in saved["model_state_dict"].items()}
-    except Exception as error:
-        raise ValueError(f"damaged, refused or no diffusion model ({_one_line(error)}); expected "
-                         "'edm_arguments' and 'model_state_dict', tensors and plain data") from None
-    return {key: arguments[key] for key in arguments if key not in _UNUSED_ARGUMENTS}, sigma_data, tensors
+        ours = zipfile.is_zipfile(path)  # torch.save writes a zip file, NVIDIA a bare pickle
+        arguments, tensors = (read_edm_checkpoint if ours else read_edm_pickle)(path)
+    except Exception as error:  # a damaged or hostile file can fail in any way
+        raise InputError(f"{path}: damaged, refused or no EDM network ({_one_line(error)}); expected tensors "
+                         "and plain data, as in NVIDIA's .pkl or train_edm.py's .pt") from None
+    for name, value in _DDPMPP.items():
+        found = arguments.pop(name, value)
+        if found != value:
+            raise InputError(f"{path}: is NCSN++ or another network, with {name} {_one_line(found)}; the one "
+                             f"that is read is DDPM++ (NVIDIA's -vp.pkl files), with {value}")
+    return {name: value for name, value in arguments.items() if name not in _TRAINING}, tensors
 
 
 def load_edm(path_or_url, build):
     """Load a diffusion model, NVIDIA's .pkl or train_edm.py's .pt, into what `build` makes, on the CPU.
 
-    build(sigma_data=..., **the network's arguments) returns a module with the network in `model`; parts of
-    the file that it does not have are left out. Returned in float32, frozen. Raises as `load_edm_encoder`.
+    build(sigma_data=..., **SongUNet's arguments) returns a module whose parameters are all in `model`, a
+    SongUNet; it may have fewer blocks than the file. Returned in float32, frozen. Raises as
+    `load_edm_encoder`.
     """
-    path, hint = path_or_url, ""
-    if str(path_or_url).startswith(("http://", "https://")):
-        path, hint = _download(str(path_or_url)), "; delete the file to download it again"
+    path = local_file(path_or_url)
+    arguments, tensors = read_edm(path)
+    weights = {}
     try:
-        ours = zipfile.is_zipfile(path)  # torch.save writes a zip file, NVIDIA a bare pickle
-        arguments, sigma_data, source = (read_edm_checkpoint if ours else read_edm_pickle)(path)
         with torch.device("meta"):  # names and shapes only: nothing is allocated before they are known to fit
-            module = build(sigma_data=sigma_data, **arguments)
-        needed = module.state_dict()
-        tensors = {name: find_tensor(source, name, tensor.shape) for name, tensor in needed.items()}
-        module.load_state_dict(tensors, assign=True)
-    except OSError:
-        raise
-    except Exception as error:  # whatever else is wrong in the file
-        known = isinstance(error, ValueError)
-        text = str(error) if known else f"not a usable EDM network ({_one_line(error)})"
-        raise ValueError(f"{path}: {text}{hint}") from None
+            module = build(**arguments)
+        for name, expected in module.model.state_dict().items():
+            if name not in tensors:
+                raise InputError(f"{name} is missing")
+            if tensors[name].shape != expected.shape:
+                raise InputError(f"{name} is {list(tensors[name].shape)}, "
+                                 f"expected {list(expected.shape)} from its arguments")
+            weights[name] = tensors[name].float().clone()
+    except Exception as error:  # arguments in a damaged file can be anything
+        raise InputError(f"{path}: {_one_line(error)}") from None
+    module.model.load_state_dict(weights, assign=True)
     return module.requires_grad_(False)
 
 
@@ -447,46 +450,30 @@ def load_edm_encoder(path_or_url, layer="dec.8x8_in1"):
     """Load the teacher, from NVIDIA's .pkl format or from experiments/train_edm.py's: an EDMEncoder, frozen.
 
     path_or_url: a file, or an http(s) URL that is downloaded once into torch.hub's cache. layer: the block
-    whose output is the target; the default is the paper's, "the UNet bottleneck block before the upsampling
-    layers" (appendix D). Returned in float32, on the CPU. Raises ValueError, one line that names the file,
-    where it is damaged, of another kind, lacks a tensor or the layer, asks for anything but tensors and
-    plain data, or cannot be downloaded. OSError where it cannot be opened.
+    whose output is the target, any one of the UNet's; for the default see the top of this file. Returned in
+    float32, on the CPU. Raises InputError, one line that names the file, where it is damaged, of another
+    kind, lacks a tensor or the layer, asks for anything but tensors and plain data, or cannot be downloaded.
+    Raises OSError where it cannot be opened.
     """
     return load_edm(path_or_url, functools.partial(EDMEncoder, layer))
-
-
-def _download(url):
-    """Download once. Different teachers share a file name, so the cached one has a hash of the URL."""
-    name = f"{hashlib.sha256(url.encode()).hexdigest()[:8]}-{Path(url).name}"
-    path = Path(torch.hub.get_dir()) / "checkpoints" / name
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            torch.hub.download_url_to_file(url, str(path))  # to a temporary name first
-        except Exception as error:
-            raise ValueError(f"{url}: cannot be downloaded ({_one_line(error)})") from None
-    return path
 
 
 def main():
     """Print what a diffusion model's file holds."""
     parser = argparse.ArgumentParser(description="Print what an EDM file holds, running nothing of it.")
     parser.add_argument("file", help="NVIDIA's .pkl or train_edm.py's .pt: a path or a URL")
-    parser.add_argument("--layer", default="dec.8x8_in1", help="block to look at (default: %(default)s)")
-    args = parser.parse_args()
-    try:
-        encoder = load_edm_encoder(args.file, args.layer)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    count = lambda module: f"{sum(p.numel() for p in module.parameters()):,} parameters"
-    kind = f"class-conditional, {encoder.label_dim} classes" if encoder.label_dim else "unconditional"
-    print(f"{args.file}: EDM SongUNet, {encoder.img_resolution} px, {kind}")
-    for part in ("enc", "dec"):
-        for name, module in getattr(encoder.model, part).items():
-            print(f"  {part}.{name:24} {count(module):>23}")
-    print(f"features at {encoder.layer}: {encoder.width} wide; {count(encoder)} as far as there")
+    path = local_file(parser.parse_args().file)
+    arguments, tensors = read_edm(path)
+    print(f"{path}: EDM's SongUNet (DDPM++),", *[f"{name} {value}," for name, value in arguments.items()])
+    size = sum(tensor.numel() for name, tensor in tensors.items() if name.endswith(("weight", "bias")))
+    print(f"  {size:,} parameters")
+    layers = dict.fromkeys(".".join(name.split(".")[:2]) for name in tensors if name[:4] in ("enc.", "dec."))
+    print("  layers:", *layers)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (InputError, OSError) as problem:
+        print(f"error: {problem}", file=sys.stderr)
+        sys.exit(2)

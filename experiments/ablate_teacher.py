@@ -1,72 +1,70 @@
-"""Is it the diffusion model that helps, and would its encoder not do alone? Ablations of arXiv 2602.19931.
+"""Does it have to be a diffusion model, and does it have to be a teacher? Two ablations of arXiv 2602.19931.
 
     python experiments/ablate_teacher.py noisy-classifier [flags of train_cifar.py]
     python experiments/ablate_teacher.py finetune-encoder [flags of train_cifar.py]
 
-The paper aligns a classifier with the features of a diffusion model's encoder. Two simpler explanations of
-why that helps, or simpler ways to the same end, have to be ruled out (section 5.6, appendix E).
+The paper aligns a classifier with features of a diffusion model's encoder. Two simpler ideas have to be ruled
+out (section 5.6 and appendix E).
 
-noisy-classifier: perhaps any network that has learned to see through noise would do as a teacher. So take the
-diffusion encoder's architecture with random weights, and train it to classify images with the same noise that
-the teacher is shown. Then let it be the teacher in place of the diffusion model:
+noisy-classifier: perhaps any network that has learned to see through noise would do as a teacher. So the
+diffusion model's encoder is trained from random weights, to classify the noisy images x_t that the teacher is
+shown (cross-entropy, no attack). Then it is the teacher in place of the diffusion model:
 
     python experiments/ablate_teacher.py noisy-classifier --out runs/noisy
-    python train_cifar.py --teacher runs/noisy/teacher.pt ...      # the same --teacher-sigma, --teacher-layer
+    python train_cifar.py --teacher runs/noisy/teacher.pt --out runs/aligned-with-noisy
+    python eval_autoattack.py runs/aligned-with-noisy/best.pt
 
     WRN-28-10 with a million synthetic images, AutoAttack (the paper's numbers)
       DM-AT+DRA, aligned with the diffusion model       64.12 %
       DM-AT, not aligned                                63.35 %
       DM-AT+DRA, aligned with the noisy classifier      62.62 %
 
-The two teachers know classes equally well (the command prints both accuracies), so it is having learned to
-generate images that makes the difference, not the noise.
+Appendix E adds that the noisy classifier is about as accurate as a linear probe on the diffusion model's
+features; the command prints both accuracies. So the noise is not what helps: the diffusion model has learned
+to generate images, and that makes the difference.
 
-finetune-encoder: why train another network to resemble the diffusion encoder, and not make that one robust?
-So put a linear layer on it and train both adversarially, from the diffusion model's weights, like any other
-classifier (TRADES, nothing to align with). AutoAttack then judges the checkpoint through this script:
+finetune-encoder: why train another network to resemble the diffusion model's encoder, and not make the
+encoder itself robust? So it gets a linear layer, and both are trained adversarially as any other classifier,
+from the diffusion model's weights (TRADES, no alignment):
 
     python experiments/ablate_teacher.py finetune-encoder --out runs/finetuned
     python eval_autoattack.py runs/finetuned/best.pt --script experiments/ablate_teacher.py
 
-The paper: 87.77 % clean and 55.76 % AutoAttack, above its WRN-34-10 with AT and below AT+DRA (88.54 / 57.29),
-at 1.35 times the training time per epoch. And a class-conditional encoder, which DRA tells the true label of
-each training image, can be told none here, since at test time there is none to tell.
+The paper: 87.77 % clean and 55.76 % AutoAttack. That is better than its WRN-34-10 with AT (84.33 / 55.25) and
+worse than the one with AT+DRA (88.54 / 57.29), at 1.35 times the training time per epoch. Besides, DRA tells
+the diffusion model the label of each training image. A classifier can be told none.
 
-How it is done: train_cifar.py runs as it is, with a few of its functions replaced by those below. So all of
-its flags but a few work here, and so do --smoke, continuing after a kill, and torchrun. The paper states no
-recipe for either; both get train_cifar.py's (chosen), with a learning rate for training from scratch.
+The paper states no recipe for either, so both have train_cifar.py's (chosen). finetune-encoder is a run of
+train_cifar.py with another network. noisy-classifier has a short loop of its own, on one GPU or CPU; it saves
+after each epoch, and the same command continues it.
 """
 import argparse
-import functools
 import json
 import sys
+import time
 from pathlib import Path
-from unittest import mock
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project's root, for the imports below
 import train_cifar
 from edm_encoder import EDMEncoder
-from train_cifar import (Classifier, InputError, build_run, generator, load_teacher, parse_args,
-                         save_atomically, train_step)
+from train_cifar import (DATASETS, WARMUP, Classifier, Data, InputError, averaging_decay, build_run,
+                         compile_parts, generator, load_real, load_teacher, lock, parse_args, print_plan,
+                         recipe, reduce_recent, resume, save, update_average, write_atomically, write_log)
 
 # ------------------------------------------------------------------------------------------------------------
-# What each ablation decides by itself. These flags of train_cifar.py are refused.
+# Settings.
 
-ALWAYS = {
-    "arch": "read off the teacher's file",
-    "teacher_unconditional": True,  # the label is what they have to find out
-    "extra_sigma": False,
-    "dra_weight": 1.0,  # until `take_encoder` has loaded what this would be the weight of
-}
-DECIDED = {  # cross-entropy and no adversary for the noisy classifier
-    "noisy-classifier": ALWAYS | {"eps": 0.0, "attack_steps": 0, "step_size": 0.0, "beta": 0.0},
-    "finetune-encoder": ALWAYS,
-}
-# Other defaults for --smoke: here it is the larger network that gets attacked.
-SMOKE = {"noisy-classifier": {}, "finetune-encoder": {"epochs": 4, "attack_steps": 4, "eval_every": 4}}
+PROBE_DECAY = 1e-3  # weight of the linear probe's squared weights, on standardised features (chosen)
+# Flags of train_cifar.py that an ablation sets itself or has no use for. They are refused.
+ALWAYS = ["--arch", "--dra-weight", "--extra-sigma", "--teacher-unconditional"]
+REFUSED = {"finetune-encoder": ALWAYS, "noisy-classifier": [
+    *ALWAYS, "--beta", "--eps", "--step-size", "--attack-steps", "--eval-every", "--save-minutes"]}
+# Other defaults for --smoke, where the encoder is larger than train_cifar.py's tiny network.
+SMOKE = {"finetune-encoder": ["--attack-steps", "4", "--eval-every", "2"], "noisy-classifier": []}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -76,13 +74,12 @@ SMOKE = {"noisy-classifier": {}, "finetune-encoder": {"epochs": 4, "attack_steps
 class EncoderClassifier(Classifier):
     """EDM's encoder, trainable, with a linear layer on its pooled features: images in [0, 1] -> logits.
 
-    The encoder has to be told a noise level, and it is always `sigma`. But no noise is added in here. Noise
-    would make the classifier random: an attacker's gradient would belong to other noise than the one that
-    judges, and the network would look more robust than it is (Athalye et al. 2018). Without it the classifier
-    is a plain function of the image, in training, under attack and in use. That a clean image comes with the
-    announcement of noise is new to the encoder, but it is trained on nothing else.
+    The encoder has to be told a noise level. It is told `sigma`, the teacher's, at all times. But as a
+    classifier it adds no noise: that would make it random, and a random network looks more robust than it is
+    (Athalye et al. 2018), since an attack follows the gradient for one noise and is judged with another. A
+    clean image at this noise level is new to the diffusion model's weights. Training gets them used to it.
 
-    It takes no label (that part of its embedding is zero). **arguments: EDMEncoder's.
+    It is given no label, so that part of its embedding is zero. **arguments: EDMEncoder's.
     """
 
     def __init__(self, num_classes, sigma, **arguments):
@@ -91,18 +88,20 @@ class EncoderClassifier(Classifier):
         self.encoder = EDMEncoder(**arguments).requires_grad_(True)
         self.head = nn.Linear(self.encoder.width, num_classes)
 
-    def features(self, images):
-        """images [B, 3, 32, 32] in [0, 1] -> penultimate features [B, width], float32. In place of a data
-        set's mean and deviation, the encoder normalises as EDM does."""
+    def features(self, images, noise=None):
+        """images [B, 3, 32, 32] in [0, 1] -> penultimate features [B, width], float32. noise: N(0, 1) like
+        images, none for a classifier in use. The encoder normalises as EDM does."""
+        noise = torch.zeros_like(images) if noise is None else noise
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.amp):
-            return self.encoder(images, None, self.sigma, torch.zeros_like(images))
+            return self.encoder(images, None, self.sigma, noise)
 
 
 def build_model(arch, num_classes, dataset="cifar10"):
-    """The classifier of a checkpoint, for eval_autoattack.py, with random weights (torch's default).
+    """The classifier with random weights (torch's default), for training and for eval_autoattack.py.
 
-    arch: JSON, as `take_encoder` writes it, so that a checkpoint needs no other file to be read. dataset is
-    of no matter here. Raises InputError for any other arch.
+    arch: the arguments of EncoderClassifier but for num_classes, as JSON. A checkpoint holds this text, so
+    that the network can be built again without the teacher's file. dataset is of no matter here: the
+    encoder has its own normalisation. Raises InputError for another arch.
     """
     try:
         return EncoderClassifier(num_classes, **json.loads(arch))
@@ -111,119 +110,155 @@ def build_model(arch, num_classes, dataset="cifar10"):
                          "experiments/ablate_teacher.py") from None
 
 
-def take_encoder(ablation, args, device):
-    """In place of train_cifar.py's `load_teacher`: the teacher becomes the classifier.
-
-    Sets args.arch, and how train_cifar.py builds its model. Returns None, as there is nothing to align with.
-    Raises InputError where `load_teacher` does.
-    """
-    teacher = load_teacher(args, torch.device("cpu"))
-    arguments = {"layer": teacher.layer, "sigma": args.teacher_sigma, **teacher.arguments}
-    if ablation == "noisy-classifier":
-        arguments["label_dim"] = 0  # also for its later life as a teacher: it has never seen a label
-    else:
-        args.dra_weight = 0.0  # not so for the noisy classifier: with a weight, batches bring the noise
-    args.arch = json.dumps(arguments)
-
-    def build(arch, num_classes, dataset):
-        model = build_model(arch, num_classes, dataset)
-        if ablation == "finetune-encoder":
-            model.encoder.load_state_dict(teacher.state_dict())
-        return model
-    train_cifar.build_model = build
-
-
 # ------------------------------------------------------------------------------------------------------------
-# noisy-classifier: what it sees in training and in evaluation, and how it compares.
+# noisy-classifier: a step of its training, and the comparison with the diffusion model.
 
 
-def noisy_step(model, averaged, projectors, teacher, optimizer, batch, ema_decay, args):
-    """In place of `train_step`: the same step, on images with the noise that the teacher would have got for
-    this batch, fresh in every step. sigma is for images in [-1, 1], so for [0, 1] it is half."""
-    [(sigma, noise)] = batch.teacher_noise
-    batch.images = batch.images + sigma / 2 * noise  # 2 * this - 1 is EDM's x_t
-    return train_step(model, averaged, projectors, teacher, optimizer, batch, ema_decay, args)
+def noisy_step(run, batch, ema_decay, args):
+    """One step on the noisy images that the teacher would be shown for this batch. run: of `build_run`;
+    batch: of `Data.batch`. Returns loss and percent of right answers, [2], on the device."""
+    [(_, noise)] = batch.teacher_noise  # fresh in every step; its level is the model's own sigma
+    logits = run.model.head(run.model.features(batch.images, noise))
+    loss = F.cross_entropy(logits, batch.labels, label_smoothing=args.label_smoothing)
+    run.optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    run.optimizer.step()
+    update_average(run.averaged, run.model, ema_decay)
+    return torch.stack([loss.detach(), 100 * (logits.argmax(1) == batch.labels).float().mean()])
 
 
 @torch.no_grad()
-def noisy_features(encoder, source, args):
-    """Features [N, width] of source = (images uint8 [N, 32, 32, 3], labels) with noise, without labels. The
-    noise is the same at each call, or one would compare networks by their luck."""
+def noisy_features(encoder, images, args):
+    """Features [N, width] of images uint8 [N, 32, 32, 3] with noise, without labels. The noise is the same at
+    each call: networks should not differ by their luck."""
     device, features = next(encoder.parameters()).device, []
-    for number, images in enumerate(torch.from_numpy(source[0]).split(256)):
-        images = images.to(device).permute(0, 3, 1, 2).float() / 255  # [256, 3, 32, 32] in [0, 1]
-        noise = torch.randn(images.shape, generator=generator(args.seed, number, "noise", device),
-                            device=device)
-        features.append(encoder(images, None, args.teacher_sigma, noise))
+    for number, piece in enumerate(torch.from_numpy(images).split(256)):
+        piece = piece.to(device).permute(0, 3, 1, 2).float() / 255  # [256, 3, 32, 32] in [0, 1]
+        random = generator(args.seed, number, "noise", device)
+        noise = torch.randn(piece.shape, generator=random, device=device)
+        features.append(encoder(piece, None, args.teacher_sigma, noise))
     return torch.cat(features)
 
 
-def noisy_accuracy(encoder, head, source, args):
-    """Percent of noisy images, see `noisy_features`, that the linear layer `head` puts into their class."""
-    with torch.no_grad():
-        predicted = head(noisy_features(encoder, source, args)).argmax(dim=1).cpu()
-    return 100 * (predicted == torch.from_numpy(source[1])).float().mean().item()
+def linear_probe(features, labels, classes):
+    """What can be read off frozen features linearly: features [N, D], labels [N] -> a function from features
+    to logits. It minimises CE + PROBE_DECAY / 2 |W|^2 by L-BFGS, on standardised features: otherwise the
+    penalty would depend on their scale."""
+    mean, deviation = features.mean(dim=0), features.std(dim=0).clamp(min=1e-6)  # one may be constant
+    probe = nn.Linear(features.shape[1], classes).to(features.device)
+    nn.init.zeros_(probe.weight)
+    logits = lambda x: probe((x - mean) / deviation)
+    optimizer = torch.optim.LBFGS(probe.parameters(), max_iter=300, line_search_fn="strong_wolfe")
+
+    def objective():
+        optimizer.zero_grad()
+        loss = F.cross_entropy(logits(features), labels) + PROBE_DECAY / 2 * probe.weight.square().sum()
+        loss.backward()
+        return loss
+    optimizer.step(objective)
+    return logits
 
 
-def evaluate_noisy(model, source, loss, steps, args):
-    """In place of `evaluate`. Nothing attacks, so clean and robust accuracy are the same."""
-    return (noisy_accuracy(model.encoder, model.head, source, args),) * 2
+@torch.no_grad()
+def accuracy(head, features, labels):
+    """Percent of features [N, D] that `head` puts into the class in labels [N], a numpy array."""
+    return 100 * (head(features).argmax(1).cpu() == torch.from_numpy(labels)).float().mean().item()
 
 
-def compare_and_save(args, data, out):
-    """In place of `print_table`: accuracies of the noisy classifier and of the diffusion model's features,
-    on the same noisy test images, and the file for train_cifar.py's --teacher.
-
-    The diffusion model has no head, so it gets a linear one, fitted to the training images. It is frozen, and
-    the noisy classifier is not, so the comparison is of what a linear layer finds in their features.
-    """
-    from analyze_representations import linear_probe  # only here: it needs matplotlib
-    classifier = build_run(args, data.device, None)[1]
-    saved = torch.load(out / "best.pt", map_location="cpu", weights_only=True)
-    classifier.load_state_dict(saved["model_state_dict"])
-    teacher = load_teacher(args, data.device)
-    train_labels = torch.from_numpy(data.parts[0][1]).long().to(data.device)
-    probe = linear_probe(noisy_features(teacher, data.parts[0], args), train_labels, saved["num_classes"])
-    print(f"\n{len(data.test[1])} test images with noise of sigma {args.teacher_sigma:g}{'accuracy':>26}")
-    for name, encoder, head in (("noisy classifier, best.pt", classifier.encoder, classifier.head),
-                                ("linear probe on the diffusion model's features", teacher, probe)):
-        print(f"  {name:55} {noisy_accuracy(encoder, head, data.test, args):6.2f} %", flush=True)
-    network = classifier.encoder.cpu()
-    save_atomically({"edm_arguments": network.arguments, "model_state_dict": network.model.state_dict()},
-                    out / "teacher.pt")
-    print(f"To align with it: python train_cifar.py --dataset {args.dataset} --teacher {out / 'teacher.pt'} "
-          f"--teacher-layer {args.teacher_layer} --teacher-sigma {args.teacher_sigma:g}")
+def compare(args, data, classifier, teacher):
+    """Print the accuracies of the noisy classifier, and of a linear probe on the diffusion model's features,
+    on the same noisy test images. The probe is fitted to the real training images, and the diffusion model is
+    frozen, so its network has never learned to classify."""
+    (images, labels), (test_images, test_labels) = data.parts[0], load_real(args, "test")
+    classes = DATASETS[args.dataset].classes
+    probe = linear_probe(noisy_features(teacher, images, args), torch.from_numpy(labels).to(data.device),
+                         classes)
+    print(f"accuracy on {len(test_labels)} test images with noise of sigma {args.teacher_sigma:g}:")
+    for name, encoder, head in (("noisy classifier", classifier.encoder, classifier.head),
+                                ("linear probe on the diffusion model", teacher, probe)):
+        right = accuracy(head, noisy_features(encoder, test_images, args), test_labels)
+        print(f"  {name:36} {right:6.2f} %", flush=True)
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The run: train_cifar.py's.
+# The two runs.
+
+
+def finetune_encoder(flags, teacher):
+    """Train the encoder and a linear layer adversarially, from the teacher's weights: train_cifar.py's run."""
+    def build(arch, num_classes, dataset):
+        model = build_model(arch, num_classes, dataset)
+        model.encoder.load_state_dict(teacher.state_dict())
+        return model
+    train_cifar.main([*flags, "--dra-weight", "0"], build_model=build)
+
+
+def train_noisy_classifier(args, data, run, out, total_steps):
+    """Train `run` up to `total_steps`, from last.pt in `out` or from scratch. It is saved after each epoch.
+    Raises InputError and FloatingPointError as in train_cifar.py."""
+    about = {"args": vars(args), "recipe": recipe(args, data), "arch": args.arch, "dataset": args.dataset,
+             "num_classes": DATASETS[args.dataset].classes}
+    resume(out, about, run)
+    compile_parts(args, run.model)
+    first_step, started = run.step, time.time()
+    for step in range(first_step, total_steps):
+        ema_decay = averaging_decay(step, int(WARMUP * total_steps), args.ema_decay)
+        run.recent.append(noisy_step(run, data.batch(step), ema_decay, args))
+        run.step = step + 1
+        if run.step < total_steps and run.step % data.steps_per_epoch:
+            continue
+        reduce_recent(run, ["loss", "train_noisy"], data.world)  # stops where one of them is not finite
+        loss, train_noisy = torch.stack(run.recent).mean(dim=0).tolist()
+        run.log.append({"step": run.step, "epoch": run.step / data.steps_per_epoch, "loss": loss,
+                        "train_noisy": train_noisy, "lr": run.optimizer.param_groups[0]["lr"]})
+        run.recent = []
+        if run.step < total_steps:
+            run.scheduler.step()
+        minutes_left = (total_steps - run.step) * (time.time() - started) / (run.step - first_step) / 60
+        write_log(out / "log.csv", run.log, minutes_left)
+        save(out, about, run)
+
+
+def noisy_classifier(args, teacher):
+    """Train the teacher's architecture on noisy images, compare the two, and write teacher.pt."""
+    data = Data(args, torch.device(args.device))
+    total_steps = args.max_steps or args.epochs * data.steps_per_epoch
+    run = build_run(args, data, None, total_steps, build_model)
+    print_plan(args, data, None, total_steps)
+    if args.dry_run:
+        return
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    with lock(out):
+        train_noisy_classifier(args, data, run, out, total_steps)
+        compare(args, data, run.averaged, teacher.to(data.device))
+        network = run.averaged.encoder.cpu()
+        content = {"edm_arguments": network.arguments, "model_state_dict": network.model.state_dict()}
+        write_atomically(out / "teacher.pt", lambda file: torch.save(content, file))
+    print(f"the teacher: python train_cifar.py --dataset {args.dataset} --teacher {out / 'teacher.pt'}",
+          f"--teacher-layer {args.teacher_layer} --teacher-sigma {args.teacher_sigma:g}")
 
 
 def main(argv=None):
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("ablation", choices=list(DECIDED), help="see above")
-    parser.add_argument("flags", nargs=argparse.REMAINDER, help="of train_cifar.py; --help lists them")
+    parser = argparse.ArgumentParser(usage="%(prog)s ABLATION [flags of train_cifar.py] (--help lists them)",
+                                     description=__doc__.split("\n\n")[0])
+    parser.add_argument("ablation", choices=list(REFUSED), help="see the top of this file")
+    parser.add_argument("flags", nargs=argparse.REMAINDER, help="of train_cifar.py")
     own = parser.parse_args(argv)
-    decided = DECIDED[own.ablation]
-    for name in decided:
-        flag = f"--{name.replace('_', '-')}"
-        if flag in [text.split("=")[0] for text in own.flags]:
-            parser.error(f"{flag}: expected none, {own.ablation} decides it")
-
-    def parse(argv):
-        args = parse_args(argv)
-        vars(args).update(decided)
-        return args
+    for flag in own.flags:
+        if flag.split("=")[0] in REFUSED[own.ablation]:
+            parser.error(f"{flag}: not with {own.ablation}")
     smoke = "--smoke" in own.flags
-    replaced = {"parse_args": parse, "load_teacher": functools.partial(take_encoder, own.ablation),
-                "build_model": None,  # by `take_encoder`
-                "SMOKE": train_cifar.SMOKE | SMOKE[own.ablation]}
-    if own.ablation == "noisy-classifier":
-        replaced |= {"train_step": noisy_step, "evaluate": evaluate_noisy, "print_table": compare_and_save}
-    # train_cifar.py looks its functions up by name when it runs. Afterwards it has its own again.
-    with mock.patch.multiple(train_cifar, **replaced):
-        train_cifar.main(["--out", f"runs/{'smoke-' * smoke}{own.ablation}", *own.flags])
+    flags = [*(SMOKE[own.ablation] if smoke else []), "--out", f"runs/{'smoke-' * smoke}{own.ablation}",
+             *own.flags, "--teacher-unconditional"]  # the label is what both have to find out
+    args = parse_args(flags)
+    teacher = load_teacher(args)
+    network = {"layer": teacher.layer, "sigma": args.teacher_sigma, **teacher.arguments}
+    if own.ablation == "finetune-encoder":
+        finetune_encoder([*flags, "--arch", json.dumps(network)], teacher)
+    else:  # also as a teacher it will take no label, as it was never given one
+        noisy_classifier(parse_args([*flags, "--arch", json.dumps(network | {"label_dim": 0})]), teacher)
 
 
 if __name__ == "__main__":
@@ -232,6 +267,3 @@ if __name__ == "__main__":
     except (InputError, OSError) as problem:
         print(f"error: {problem}", file=sys.stderr)
         sys.exit(2)
-    except FloatingPointError as problem:
-        print(f"error: {problem}", file=sys.stderr)
-        sys.exit(1)

@@ -42,7 +42,6 @@ Fig. 8 is a sweep on CIFAR-100 (section 5.6). These values of lambda are our cho
 """
 import argparse
 import csv
-import hashlib
 import json
 import math
 import sys
@@ -60,9 +59,9 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project's root, for the imports below
 from edm_encoder import load_edm_encoder
-from eval_autoattack import (BENCHMARKS, InputError, fraction, load_classifier, load_images, read_checkpoint,
+from eval_autoattack import (BENCHMARKS, InputError, load_classifier, load_images, read_checkpoint,
                              read_imagenet)
-from train_cifar import HOLDOUT, SELECTION_STEPS, generator, pgd
+from train_cifar import HOLDOUT, SELECTION_STEPS, fraction, generator, pgd
 
 plt.switch_backend("agg")  # draws into files, so no display is needed
 
@@ -138,8 +137,6 @@ def parse_args(argv=None):
         value = getattr(args, name, None)  # not every command has every flag
         if value is not None and not np.min(value) >= lowest:
             parser.error(f"--{name.replace('_', '-')} {value}: expected at least {lowest:g}")
-    if (getattr(args, "eps", None) or 0) >= 1:
-        parser.error("--eps: expected less than 1, such as 8/255")
 
     reading = args.command in READING
     paths = args.runs if reading else args.checkpoints
@@ -187,7 +184,7 @@ def load(args):
     alone = SimpleNamespace(dataset=dataset, num_classes=BENCHMARKS[dataset].classes, args={})
     args.info = models[0].info if models else alone
     if args.command in ATTACKING and args.eps is None:
-        args.eps = fraction(BENCHMARKS[args.info.dataset].eps)
+        args.eps = BENCHMARKS[args.info.dataset].eps
     test, fit = load_data(args)
     args.n = len(test[1])
     if fit:
@@ -697,8 +694,7 @@ def choose_layers(encoder, asked):
 
     Names are those of --teacher-layer. Raises InputError for one that the network does not have.
     """
-    names = [f"{part}.{name}" for part in ("enc", "dec") for name in getattr(encoder.model, part)
-             if not name.endswith("_aux_residual")]
+    names = [f"{part}.{name}" for part in ("enc", "dec") for name in getattr(encoder.model, part)]
     for name in asked or ():
         if name not in names:
             raise InputError(f"--layers {name}: the teacher has {', '.join(names)} (up to --teacher-layer)")
@@ -1010,12 +1006,14 @@ def judge(run, name):
     (in log.csv). Raises KeyError and other errors where there are none, InputError for those of another file.
     """
     best, judged = Path(run, "best.pt"), Path(run, "best.pt.autoattack", "result.json")
-    row = {"name": name, "dra_weight": read_checkpoint(best)["args"]["dra_weight"]}
+    saved = read_checkpoint(best)
+    row = {"name": name, "dra_weight": saved["args"]["dra_weight"]}
     if judged.exists():
         result = json.loads(judged.read_text())
-        if result["settings"]["checkpoint"] != hashlib.sha256(best.read_bytes()).hexdigest()[:16]:
+        settings = result["settings"]  # of eval_autoattack.py
+        if (settings["checkpoint"], settings["step"]) != (best.name, saved["step"]):
             raise InputError(f"{judged}: is of an earlier best.pt, expected AutoAttack's result on this one")
-        attacks = " ".join(result["settings"]["attacks"] or ["AutoAttack"])
+        attacks = "AutoAttack" if settings["attacks"] == "None" else settings["attacks"]
         return row | {"judged_by": f"{attacks}, eps {result['eps']}, {result['images']} test images",
                       "clean_accuracy": float(result["clean_acc"]),
                       "robust_accuracy": result["robust_accuracy"]}

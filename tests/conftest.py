@@ -14,4 +14,3 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts backg
 import train_cifar  # noqa: E402  (found through sys.path)
 import train_imagenet  # noqa: E402
 
-train_cifar.TABLE_STEPS = train_imagenet.TABLE_STEPS = 1  # of PGD for a run's closing table, which most tests do not look at

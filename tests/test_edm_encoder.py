@@ -3,23 +3,24 @@ import collections
 import json
 import os
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 
 import edm_encoder
-from edm_encoder import Conv2d, EDMEncoder, load_edm_encoder
+from edm_encoder import EDMEncoder, InputError, SongUNet, UNetBlock, load_edm, load_edm_encoder
 from edm_pickles import dump, edm_file, randomise
 
 FIXTURES = Path(__file__).parent / "fixtures"
 TINY = FIXTURES / "edm_tiny_cond_vp.pkl"
 DDPMPP = {"img_resolution": 32, "model_channels": 8, "channel_mult": [1, 2], "num_blocks": 1,
           "attn_resolutions": [16]}
-NCSNPP = DDPMPP | {"embedding_type": "fourier", "encoder_type": "residual", "channel_mult_noise": 2,
-                   "resample_filter": [1, 3, 3, 1]}
+NCSNPP = {"embedding_type": "fourier", "encoder_type": "residual", "decoder_type": "standard", "channel_mult_noise": 2,
+          "resample_filter": [1, 3, 3, 1]}
 
 
 @pytest.fixture(scope="module")
@@ -67,42 +68,76 @@ def test_encoder_is_frozen_but_differentiable_in_the_images(reference):
     assert images.grad.abs().sum() > 0
 
 
+class Whole(torch.nn.Module):
+    """What `load_edm` needs around a SongUNet."""
+
+    def __init__(self, sigma_data, **network):
+        super().__init__()
+        self.model = SongUNet(**network)
+
+
+def test_activations_of_every_block_are_what_a_hook_in_the_whole_unet_sees(reference):
+    images, labels, sigma, noise = inputs(reference, True)
+    whole, seen = load_edm(TINY, Whole).model.eval(), {}
+    layers = [f"{part}.{name}" for part in ("enc", "dec") for name in getattr(whole, part)]
+    assert len(layers) == 18 and {"dec.8x8_block1", "dec.16x16_up", "dec.16x16_block1", "dec.32x32_aux_conv"} <= set(layers)
+    for layer in layers:
+        whole.get_submodule(layer).register_forward_hook(lambda module, _, output, layer=layer: seen.update({layer: output}))
+    c_in = 1 / (sigma**2 + 0.5**2).sqrt()
+    x = c_in[:, None, None, None] * (2 * images - 1 + sigma[:, None, None, None] * noise)
+    output = whole(x, sigma.log() / 4, torch.nn.functional.one_hot(labels, 10).float())
+    assert torch.equal(output, seen["dec.32x32_aux_conv"]) and output.shape == images.shape
+    sizes = []
+    for layer in layers:
+        encoder = load_edm_encoder(TINY, layer)
+        torch.testing.assert_close(encoder.activations(images, labels, sigma, noise), seen[layer], rtol=0, atol=0)
+        assert encoder(images, labels, sigma, noise).shape == (3, encoder.width)
+        sizes.append(sum(parameter.numel() for parameter in encoder.parameters()))
+    assert sizes == sorted(set(sizes)), "each holds its own blocks and those before, no more"
+
+
 def test_full_size_network_has_the_files_names_and_shapes():
     manifest = json.loads((FIXTURES / "edm_cifar10_cond_vp_manifest.json").read_text())
+    network = {"img_resolution": 32, "label_dim": 10, "model_channels": 128, "channel_mult": [2, 2, 2], "num_blocks": 4,
+               "attn_resolutions": [16]}
     with torch.device("meta"):
-        encoder = EDMEncoder(img_resolution=32, label_dim=10, model_channels=128, channel_mult=[2, 2, 2],
-                             num_blocks=4, attn_resolutions=[16])
-    ours = {name: list(value.shape) for name, value in encoder.state_dict().items()}
+        whole, encoder = SongUNet(**network), EDMEncoder(**network)
+    ours = {f"model.{name}": list(value.shape) for name, value in whole.state_dict().items()}
     assert ours.items() <= manifest.items()
-    not_ours = {name for name in manifest if name.startswith(("model.enc", "model.map"))} - set(ours)
-    assert not_ours == {"model.map_augment.weight"}, "augmentation labels are for its training only"
-    assert encoder.width == 256
+    # Augmentation labels are for NVIDIA's training only, and the filters are means of 2 x 2 pixels throughout.
+    assert all(name == "model.map_augment.weight" or name.endswith("resample_filter") for name in set(manifest) - set(ours))
+    upto = {name for name in ours if name.startswith(("model.enc", "model.map", "model.dec.8x8_in"))}
+    assert set(encoder.state_dict()) == upto and encoder.width == 256
 
 
-@pytest.mark.parametrize("network", [DDPMPP, NCSNPP, DDPMPP | {"label_dim": 10}, NCSNPP | {"label_dim": 100}],
-                         ids=str)
-def test_both_network_types_survive_the_file_format(tmp_path, network):
-    written = randomise(EDMEncoder("dec.16x16_in1", **network))
-    dump(edm_file(written, network | {"dropout": 0.13, "augment_dim": 9}), tmp_path / "net.pkl")
-    read = load_edm_encoder(tmp_path / "net.pkl", "dec.16x16_in1")
+@pytest.mark.parametrize("layer", ["dec.16x16_in1", "dec.32x32_aux_conv"])
+@pytest.mark.parametrize("network", [DDPMPP, DDPMPP | {"label_dim": 10}], ids=["unconditional", "conditional"])
+def test_networks_survive_the_file_format(tmp_path, network, layer):
+    written = randomise(EDMEncoder(layer, **network))
+    stated = {"dropout": 0.13, "augment_dim": 9, "label_dropout": 0.1, "encoder_type": "standard", "resample_filter": [1, 1]}
+    dump(edm_file(written, network | stated), tmp_path / "net.pkl")
+    read = load_edm_encoder(tmp_path / "net.pkl", layer).train()
     images, noise, labels = torch.rand(2, 3, 32, 32), torch.randn(2, 3, 32, 32), torch.tensor([1, 9])
     features = read(images, labels, 0.06, noise)
-    assert torch.equal(features, written(images, labels, 0.06, noise))
+    assert torch.equal(features, written(images, labels, 0.06, noise)), "and there is no dropout, in training mode either"
     unlabelled = read(images, None, 0.06, noise)
     assert torch.equal(features, unlabelled) == (read.label_dim == 0), "labels matter where they are known"
+    again = EDMEncoder(layer, **read.arguments)
+    again.load_state_dict(read.state_dict())
+    assert torch.equal(features, again(images, labels, 0.06, noise))
 
 
-@pytest.mark.parametrize("fused", [False, True])
-def test_downsampling_is_one_strided_convolution_with_the_composed_kernel(fused):
-    """Blur and 3x3 convolution are linear: away from the zero-padded border they are one larger kernel."""
-    layer, x = Conv2d(3, 4, 3, down=True, resample_filter=(1, 3, 3, 1), fused=fused), torch.rand(1, 3, 16, 16)
-    low_pass = torch.outer(*2 * [torch.tensor([1.0, 3.0, 3.0, 1.0])])[None, None] / 64
-    # Fused: 3x3 on the fine grid. Otherwise on the coarse one, where neighbours are two pixels apart.
-    composed = F.conv_transpose2d(layer.weight.reshape(12, 1, 3, 3), low_pass, stride=1 if fused else 2)
-    composed = composed.reshape(4, 3, *composed.shape[2:])
-    expected = F.conv2d(x, composed, layer.bias, stride=2, padding=2 if fused else 3)
-    assert layer(x).shape == expected.shape == (1, 4, 8, 8)
-    torch.testing.assert_close(layer(x)[..., 2:-2, 2:-2], expected[..., 2:-2, 2:-2], rtol=1e-4, atol=1e-5)
+def test_blocks_halve_by_the_mean_of_2_x_2_pixels_and_double_by_repeating():
+    x = torch.rand(2, 8, 6, 6)
+    for kind, shape in (("down", (2, 8, 3, 3)), ("up", (2, 8, 12, 12))):
+        block = UNetBlock(8, 8, emb_channels=4, **{kind: True})
+        block.conv1.weight.data.zero_(), block.conv1.bias.data.zero_()  # what is left is the other branch
+        block.skip.weight.data, block.skip.bias.data = torch.eye(8)[:, :, None, None], torch.zeros(8)
+        expected = torch.stack([x[..., i::2, j::2] for i in (0, 1) for j in (0, 1)]).mean(dim=0) if kind == "down" else (
+            x.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3))
+        output = block(x, torch.rand(2, 4))
+        assert output.shape == shape
+        torch.testing.assert_close(output, expected * 0.5**0.5)
 
 
 # ---------------------------------------------------------------------------------------------- bad arguments
@@ -114,19 +149,22 @@ def test_wrong_image_size_labels_and_layer_are_named():
     for wrong in (10, -1):
         with pytest.raises(ValueError, match="labels 0 to 9"):
             encoder(torch.rand(2, 3, 32, 32), torch.tensor([0, wrong]), 0.06)
-    with pytest.raises(ValueError, match="no layer 'dec.9x9' in this network; it has enc.32x32_conv"):
+    with pytest.raises(InputError, match="no layer 'dec.9x9' in this network; it has enc.32x32_conv, .*, dec.32x32_aux_conv"):
         load_edm_encoder(TINY, "dec.9x9")
 
 
 def damaged_files(folder):
     """(what is wrong, content of the file, what the message says), one after the other."""
     whole = TINY.read_bytes()
-    yield "cut off", whole[:len(whole) // 2], "cut off"
-    yield "empty", b"", "cut off"
-    yield "a web page", b"\n<!DOCTYPE html><html>Not found</html>", "web page"
+    yield "cut off", whole[:len(whole) // 2], "damaged"
+    yield "empty", b"", "damaged"
+    yield "a web page", b"\n<!DOCTYPE html><html>Not found</html>", r"is a web page \(HTML\), not the file itself: download it again"
+    yield "another web page", b"<HTML lang=en>", "is a web page"
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 12345\n"
+    yield "a Git LFS pointer", pointer, "is a Git LFS pointer, not the file itself: run git lfs pull"
     yield "no pickle", b"\x89PNG\r\n\x1a\n" + bytes(100), "refused"
-    yield "no dict", pickle.dumps([1, 2, 3]), "not an EDM network"
-    yield "no ema", pickle.dumps({"model": 1}), "not an EDM network"
+    yield "no dict", pickle.dumps([1, 2, 3]), "no EDM network"
+    yield "no ema", pickle.dumps({"model": 1}), "no EDM network"
 
     def written(layer="dec.16x16_in1", arguments={}, classes=(), state={}):
         content = edm_file(EDMEncoder(layer, **DDPMPP), DDPMPP | arguments, *classes)
@@ -135,24 +173,31 @@ def damaged_files(folder):
         return (folder / "other.pkl").read_bytes()
     yield "another network", written(classes=("DhariwalUNet", "EDMPrecond")), "DhariwalUNet"
     yield "another preconditioning", written(classes=("SongUNet", "VPPrecond")), "VPPrecond"
-    yield "tensors missing", written("enc.32x32_block0"), "model.enc.16x16_down.norm0.weight is missing"
+    yield "tensors missing", written("enc.32x32_block0"), "enc.16x16_down.norm0.weight is missing"
     yield "other shapes", written(arguments={"model_channels": 16}), r" is \[.*\], expected \["
     yield "unknown argument", written(arguments={"colour": "red"}), "colour"
-    for wrong in ({"encoder_type": "skip"}, {"embedding_type": "zero"}, {"channel_mult": []},
-                  {"num_blocks": 10**9}, {"model_channels": 2**14}, {"channel_mult": None}):
-        message = r"no DDPM|is missing| is \[.*\], expected \[|not a usable"
+    yield "NCSN++", written(arguments=NCSNPP), r"is NCSN\+\+ .* with embedding_type fourier; the one that is read is DDPM\+\+ .*positional"
+    for name, value in NCSNPP.items():
+        if value != "standard":
+            yield f"NCSN++'s {name}", written(arguments={name: value}), rf"is NCSN\+\+ .* with {name} "
+    for wrong in ({"encoder_type": "skip"}, {"embedding_type": "zero"}, {"decoder_type": "skip"}):
+        yield "an architecture of no such network", written(arguments=wrong), r"the one that is read is DDPM\+\+"
+    for wrong in ({"channel_mult": []}, {"num_blocks": 10**9}, {"model_channels": 2**14}, {"channel_mult": None}):
+        message = r"expected 1 to 8 resolutions|is missing| is \[.*\], expected \[|has no len"
         yield "arguments of no such network", written(arguments=wrong), message
     for wrong in ({"sigma_data": "abc"}, {"sigma_data": 10**400}, {"_modules": 3}):
-        yield "strange state", written(state=wrong), "not an EDM network"
+        yield "strange state", written(state=wrong), "no EDM network"
 
 
 def test_damaged_files_give_one_clear_line(tmp_path):
     for kind, content, message in damaged_files(tmp_path):
         path = tmp_path / "teacher.pkl"
         path.write_bytes(content)
-        with pytest.raises(ValueError, match=message) as caught:
+        with pytest.raises(InputError, match=message) as caught:
             load_edm_encoder(path, "dec.16x16_in1")
         assert str(caught.value).startswith(f"{path}: ") and "\n" not in str(caught.value), kind
+    with pytest.raises(FileNotFoundError):
+        load_edm_encoder(tmp_path / "nothing.pkl")
 
 
 # ---------------------------------------------------------------------------------------------- hostile files
@@ -257,21 +302,25 @@ def test_url_is_downloaded_once_and_a_failure_is_named(tmp_path, monkeypatch):
         downloads.append(url)
         if "broken" in url:
             raise OSError("no route")
-        Path(destination).write_bytes(TINY.read_bytes())
+        Path(destination).write_bytes(b"<html>not found" if "page" in url else TINY.read_bytes())
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     monkeypatch.setattr(torch.hub, "download_url_to_file", download)
     for url in 2 * urls:
         assert load_edm_encoder(url).width == 16
     assert downloads == urls, "each once, though their file names are the same"
-    with pytest.raises(ValueError, match="https://example.org/broken.pkl: cannot be downloaded .no route"):
+    with pytest.raises(InputError, match="https://example.org/broken.pkl: cannot be downloaded .no route"):
         load_edm_encoder("https://example.org/broken.pkl")
+    for _ in range(2):
+        with pytest.raises(InputError, match="https://example.org/page.pkl: cannot be downloaded .*is a web page"):
+            load_edm_encoder("https://example.org/page.pkl")
+    assert downloads[2:] == ["https://example.org/broken.pkl", *2 * ["https://example.org/page.pkl"]], "a page is not kept"
 
 
-def test_as_a_script_it_says_what_a_file_holds(capsys, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["edm_encoder.py", str(TINY)])
-    edm_encoder.main()
-    assert "class-conditional, 10 classes" in capsys.readouterr().out
-    monkeypatch.setattr("sys.argv", ["edm_encoder.py", str(TINY) + ".missing"])
-    with pytest.raises(SystemExit) as caught:
-        edm_encoder.main()
-    assert caught.value.code == 2 and "edm_tiny_cond_vp.pkl.missing" in capsys.readouterr().err
+def test_as_a_script_it_says_what_a_file_holds():
+    run = lambda path: subprocess.run([sys.executable, edm_encoder.__file__, path], capture_output=True, text=True)
+    done = run(TINY)
+    assert done.returncode == 0 and "label_dim 10" in done.stdout and "enc.32x32_conv" in done.stdout and "dec.32x32_aux_conv" in done.stdout
+    count = sum(parameter.numel() for parameter in load_edm_encoder(TINY, "dec.32x32_aux_conv").parameters())
+    assert f"{count + 9 * 8:,} parameters" in done.stdout, "with map_augment, which only NVIDIA's training needs"
+    done = run(str(TINY) + ".missing")
+    assert done.returncode == 2 and "edm_tiny_cond_vp.pkl.missing" in done.stderr and done.stderr.count("\n") == 1

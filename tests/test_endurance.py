@@ -1,159 +1,186 @@
-"""Signals, kills, full disks and a second run in the same folder: nothing is lost. (A longer version by hand: kill_twenty_times.py.)"""
-import os
+"""Kills, a full disk, a second run in the same folder, numbers that are not finite: nothing is lost and nothing bad
+is kept. (A longer version by hand: kill_twenty_times.py.)"""
+import random
 import resource
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
+from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 
 import train_cifar
 import train_imagenet
-from kill_twenty_times import differences
+from kill_twenty_times import compare, kill_once, log_rows, start
 
-ROOT = Path(__file__).parent.parent
-ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}  # the order of sums depends on the number of threads
-
-
-def start(script, out, *more, **kwargs):
-    """A run of 16 steps that saves every fourth, as a process of its own. (CIFAR: within its only epoch the rate is peak / 250,000 = 0.1.)"""
-    flags = {"train_cifar.py": ["--batch-size", "16", "--attack-steps", "2", "--lr", "25000", "--save-every", "0.0589", "--eval-every", "5"],
-             "train_imagenet.py": ["--arch", "test_vit", "--image-size", "32", "--batch-size", "16", "--attack-steps", "1", "--save-every", "0.16", "--eval-every", "5", "--workers", "0"]}[script]
-    return subprocess.Popen([sys.executable, script, "--smoke", *flags, "--max-steps", "16", "--out", str(out), *more], cwd=ROOT, env=ONE_THREAD,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs)
+# 20 steps, with an epoch's end behind step 17 or 18, and evaluations after steps 10 and 20.
+FLAGS = {train_cifar: ["--batch-size", "64", "--attack-steps", "1", "--eval-every", "10/17"],
+         train_imagenet: ["--image-size", "32", "--batch-size", "24", "--synthetic-fraction", "0.5",
+                          "--attack-steps", "1", "--eval-every", "10/17", "--workers", "1"]}
+BOTH = pytest.mark.parametrize("script", FLAGS, ids=lambda script: script.__name__)
 
 
-def wait_for(path, process):
-    while not path.exists():
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.02)
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """As in the processes that kill_twenty_times.py starts: it decides in which order sums are taken."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
-@pytest.fixture(scope="module", params=["train_cifar.py", "train_imagenet.py"])
-def undisturbed(request, tmp_path_factory):
-    """A script and the folder of its run that nobody disturbed."""
-    out = tmp_path_factory.mktemp(Path(request.param).stem)
-    _, errors = (process := start(request.param, out)).communicate(timeout=120)
-    assert process.returncode == 0, errors
-    return request.param, out
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """train_imagenet.py's flags for the images that a smoke run would draw in its own folder."""
+    folder = tmp_path_factory.mktemp("images")
+    train_imagenet.draw_smoke_folders(folder, 0)
+    return ["--data", str(folder), "--synthetic", str(folder / "synthetic")]
 
 
-def test_a_signal_lets_the_step_finish_saves_and_the_same_command_continues_to_the_same_bits(undisturbed, tmp_path):
-    script, whole = undisturbed
-    number, code = {"train_cifar.py": (signal.SIGTERM, 143), "train_imagenet.py": (signal.SIGINT, 130)}[script]
-    process = start(script, tmp_path)
-    wait_for(tmp_path / "last.pt", process)
-    process.send_signal(number)
-    _, errors = process.communicate(timeout=120)
-    step = torch.load(tmp_path / "last.pt", weights_only=True)["step"]
-    assert process.returncode == code and errors.splitlines() == [f"stopped by {number.name} after step {step} of 16; the same command continues from there"]
-    assert 4 <= step < 16
-    _, errors = (process := start(script, tmp_path)).communicate(timeout=120)
-    assert process.returncode == 0, errors
-    assert differences(tmp_path / "last.pt", whole / "last.pt") == [] and differences(tmp_path / "best.pt", whole / "best.pt") == []
+@pytest.fixture(scope="module")
+def flags(images):
+    """A function: script, folder of the run, further flags -> all flags."""
+    def all_flags(script, out, *more, steps=20):
+        data = images if script is train_imagenet else []
+        return ["--smoke", *FLAGS[script], *data, "--max-steps", str(steps), "--out", str(out), *more]
+    return all_flags
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_to_the_whole_group_is_answered_by_the_process_that_trains(tmp_path, number, code):
-    """As Ctrl-C in a terminal, torchrun and Slurm send it: the processes that read images go on until the step is saved."""
-    process = start("train_imagenet.py", tmp_path, "--workers", "2", start_new_session=True)
-    wait_for(tmp_path / "last.pt", process)
-    os.killpg(process.pid, number)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == code and len(errors.splitlines()) == 1 and f"stopped by {number.name}" in errors, errors
+@pytest.fixture(scope="module")
+def undisturbed(flags, tmp_path_factory):
+    """A function: script -> the folder of a run that nobody disturbed. It saved when it began and ended."""
+    folders = {}
+
+    def folder(script):
+        if script not in folders:
+            folders[script] = tmp_path_factory.mktemp(script.__name__)
+            script.main(flags(script, folders[script]))
+        return folders[script]
+    return folder
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_an_evaluation_stops_at_once_and_keeps_what_is_finished(tmp_path, number, code):
-    np.savez(tmp_path / "test.npz", image=np.random.default_rng(0).integers(0, 256, (32, 32, 32, 3), np.uint8), label=np.arange(32) % 10)
-    process = subprocess.Popen([sys.executable, "eval_autoattack.py", "tests/fixtures/dmat_wrn_10_1_cifar10.pt", "--arch", "wrn-10-1", "--dataset", "cifar10", "--device", "cpu",
-                                "--data-dir", tmp_path, "--batch-size", "4", "--out", tmp_path / "out"], cwd=ROOT, env=ONE_THREAD, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    wait_for(tmp_path / "out" / "clean_00000.npz", process)
-    process.send_signal(number)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == code and "Traceback" not in errors and (tmp_path / "out" / "clean_00000.npz").exists()
+def saved_step(out):
+    return torch.load(out / "last.pt", weights_only=True)["step"]
 
 
-@pytest.mark.parametrize("script", [train_cifar, train_imagenet], ids=lambda script: script.__name__)
-def test_a_signal_is_only_noted_and_the_second_one_ends_the_process(script):
-    before = signal.signal(signal.SIGTERM, script.note_signal)
+def file_name(script):
+    return Path(script.__file__).name
+
+
+# ------------------------------------------------------------------------------------------------ kills
+
+@BOTH
+def test_a_killed_run_continues_to_the_same_bits_and_the_same_log(script, flags, undisturbed, tmp_path):
+    """SIGKILL at a random moment and while a checkpoint is being written. The worker process of
+    train_imagenet.py outlives the kill by a few seconds and holds the folder's lock for so long."""
+    rng, command = random.Random(0), flags(script, tmp_path)
+    kill_once(file_name(script), command, tmp_path, False, rng)
+    step, writing = kill_once(file_name(script), command, tmp_path, True, rng)
+    assert writing and step < 20, "last.pt is whole, although its successor was in the making"
+    script.main(command)
+    assert compare(undisturbed(script), tmp_path) == [] and not (tmp_path / "last.pt.tmp").exists()
+    assert len(log_rows(tmp_path)) == 3
+
+
+@BOTH
+def test_a_second_run_in_the_same_folder_is_refused_and_a_killed_one_locks_nothing(
+        script, flags, undisturbed, tmp_path):
+    command, path = flags(script, tmp_path, "--save-minutes", "0"), tmp_path / "last.pt"
+    first = start(file_name(script), command)
     try:
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert script.SIGNALS == [signal.SIGTERM] and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+        while not (path.exists() and saved_step(tmp_path) > 0):
+            assert first.poll() is None
+        first.send_signal(signal.SIGSTOP)  # so that it is still there after the second has waited
+        before = path.read_bytes()
+        with pytest.raises(train_cifar.InputError if script is train_cifar else train_imagenet.InputError,
+                           match=f"^{tmp_path}: another run is at work there$"):
+            script.main(command)
+        assert path.read_bytes() == before and first.poll() is None
     finally:
-        signal.signal(signal.SIGTERM, before)
-        script.SIGNALS.clear()
+        first.kill()
+        first.wait()
+    script.main(command)
+    assert compare(undisturbed(script), tmp_path) == []
 
 
-@pytest.mark.parametrize("undisturbed", ["train_cifar.py"], indirect=True)
-def test_killed_while_a_checkpoint_is_being_written(undisturbed, tmp_path):
-    """SIGKILL; kill_twenty_times.py does more of it, for both scripts (which save with the same code) and at random moments too."""
-    script, whole = undisturbed
-    process = start(script, tmp_path)
-    wait_for(tmp_path / "last.pt", process)
-    while process.poll() is None and not (tmp_path / "last.pt.tmp").exists():
-        pass
-    process.kill()
-    process.communicate(timeout=120)
-    assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] < 16, "whole, although its successor was in the making"
-    _, errors = (process := start(script, tmp_path)).communicate(timeout=120)
-    assert process.returncode == 0, errors
-    assert differences(tmp_path / "last.pt", whole / "last.pt") == [] and not (tmp_path / "last.pt.tmp").exists()
+def test_a_full_disk_leaves_the_last_checkpoint_whole_and_the_run_continues_from_it(
+        flags, undisturbed, tmp_path, monkeypatch):
+    """From the fourth step on files may only grow to 100 kB, and the write fails in the middle."""
+    script, limits = train_cifar, resource.getrlimit(resource.RLIMIT_FSIZE)
+    command, train_step, calls = flags(script, tmp_path, "--save-minutes", "0"), script.train_step, []
+
+    def filling(*arguments):
+        calls.append(1)
+        if len(calls) == 4:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+        return train_step(*arguments)
+    monkeypatch.setattr(script, "train_step", filling)
+    try:
+        with pytest.raises((OSError, RuntimeError)):
+            script.main(command)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert len(calls) == 4 and saved_step(tmp_path) == 3
+    assert 0 < (tmp_path / "last.pt.tmp").stat().st_size <= 100_000
+    monkeypatch.undo()
+    script.main(command)
+    assert compare(undisturbed(script), tmp_path) == []
 
 
-def test_a_full_disk_is_one_clear_line_and_leaves_the_last_checkpoint(tmp_path):
-    """Files may only grow to 100 kB in the second process, as on a disk that is full; the write fails in the middle of the checkpoint."""
-    script = "train_cifar.py"
-    process = start(script, tmp_path)
-    wait_for(tmp_path / "last.pt", process)
-    process.kill()
-    process.communicate(timeout=120)
-    before = (tmp_path / "last.pt").read_bytes()
-    process = start(script, tmp_path, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)))
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 2 and len(errors.splitlines()) == 1, errors
-    assert "last.pt: cannot be written" in errors or "best.pt: cannot be written" in errors
-    assert (tmp_path / "last.pt").read_bytes() == before and torch.load(tmp_path / "last.pt", weights_only=True)["step"] >= 4
-    assert not (tmp_path / "last.pt.tmp").exists()
+@BOTH
+def test_checkpoints_are_written_by_the_clock(script, flags, tmp_path, monkeypatch):
+    """By a clock on which a step takes 25 s: every third is a minute after the last checkpoint."""
+    now, saves, save, train_step = [0.0], [], script.save, script.train_step
+
+    def slow(*arguments):
+        now[0] += 25
+        return train_step(*arguments)
+    monkeypatch.setattr(script, "time", SimpleNamespace(time=lambda: now[0]))
+    monkeypatch.setattr(script, "train_step", slow)
+    monkeypatch.setattr(script, "save", lambda out, about, run: saves.append(run.step) or save(out, about, run))
+    monkeypatch.setattr(script, "SELECTION_STEPS", 1)
+    script.main(flags(script, tmp_path, "--save-minutes", "1", steps=8))
+    assert saves == [0, 3, 6, 8]
 
 
-def test_a_second_run_in_the_same_folder_is_refused_and_a_killed_one_locks_nothing(tmp_path):
-    process = start("train_cifar.py", tmp_path)
-    wait_for(tmp_path / "last.pt", process)
-    _, errors = (second := start("train_cifar.py", tmp_path)).communicate(timeout=120)
-    assert second.returncode == 2 and errors == f"error: {tmp_path}: another run is at work there\n"
-    process.kill()
-    process.communicate(timeout=120)
-    third = start("train_cifar.py", tmp_path)
-    assert any(line.startswith("continuing") for line in third.stdout), third.stderr.read()
-    third.kill()
-    third.communicate(timeout=120)
+# ------------------------------------------------------------------------------------ numbers that are not finite
+
+def spoil(model):
+    with torch.no_grad():
+        next(model.parameters()).view(-1)[0] = torch.nan
 
 
-def test_a_loss_that_is_not_finite_names_step_terms_and_the_last_good_checkpoint(tmp_path):
-    """The learning rate explodes after the first checkpoint (a rate that is fine in the warm-up's first steps)."""
-    for script, flags in ((train_cifar, ["--batch-size", "16", "--attack-steps", "1"]),
-                          (train_imagenet, ["--arch", "test_vit", "--image-size", "32", "--batch-size", "16", "--attack-steps", "1", "--workers", "0"])):
-        out = tmp_path / script.__name__
-        step, count = script.train_step, []
+@BOTH
+@pytest.mark.parametrize("what", ["a loss", "a weight"])
+def test_what_is_not_finite_stops_the_run_with_its_step_and_nothing_of_it_is_saved(
+        script, what, flags, tmp_path, monkeypatch):
+    """A weight is NaN before the fourth step, and so the loss; or only after it. Every step is saved and
+    evaluated. Without the NaN the same command goes on behind the third step."""
+    train_step, calls = script.train_step, []
+    whole, command = tmp_path / "whole", flags(script, tmp_path / "run", steps=5)
+    more = ["--save-minutes", "0", "--eval-every", "1/100"]
 
-        def exploding(model, *rest):
-            count.append(1)
-            if len(count) == 4:
-                with torch.no_grad():
-                    next(model.parameters()).fill_(torch.nan)
-            return step(model, *rest)
-        script.train_step = exploding
-        try:
-            with pytest.raises(FloatingPointError) as caught:
-                script.main(["--smoke", *flags, "--max-steps", "8", "--save-every", "0.0001", "--out", str(out)])
-        finally:
-            script.train_step = step
-        message = str(caught.value)
-        assert "not finite in step 4" in message and "loss nan" in message and "trades nan" in message and f"last good checkpoint: {out / 'last.pt'}" in message
-        saved = torch.load(out / "last.pt", weights_only=True)
-        assert saved["step"] == 3 and all(value.isfinite().all() for value in saved["model_state_dict"].values())
+    def breaking(model, *rest):
+        calls.append(1)
+        if len(calls) == 4 and what == "a loss":
+            spoil(model)
+        numbers = train_step(model, *rest)
+        if len(calls) == 4 and what == "a weight":
+            spoil(model)
+        return numbers
+    monkeypatch.setattr(script, "SELECTION_STEPS", 1)
+    monkeypatch.setattr(script, "train_step", breaking)
+    expected = {"a loss": r"^step 4: not finite: \{'loss': nan, 'trades': nan, ",
+                "a weight": "^step 4: a weight is not finite$"}
+    with pytest.raises(FloatingPointError, match=expected[what]):
+        script.main(command + more)
+    saved = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
+    best = torch.load(tmp_path / "run" / "best.pt", weights_only=True)
+    assert saved["step"] == 3 and best["step"] <= 3 and len(log_rows(tmp_path / "run")) == 3
+    for state in (saved["model_state_dict"], saved["unaveraged_model_state_dict"], best["model_state_dict"]):
+        assert all(value.isfinite().all() for value in state.values())
+
+    monkeypatch.setattr(script, "train_step", train_step)
+    script.main(command + more)
+    script.main(flags(script, whole, steps=5) + more)
+    assert compare(whole, tmp_path / "run") == []

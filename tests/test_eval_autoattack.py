@@ -2,6 +2,7 @@
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import numpy as np
 import pyautoattack
 import pytest
 import torch
+from filelock import FileLock
 from torch import nn
 
 import eval_autoattack
@@ -62,7 +64,8 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def images():
-    coarse = torch.rand(20, 3, 4, 4, generator=torch.Generator().manual_seed(0))  # squares of 8 x 8 pixels
+    """Squares of 8 x 8 pixels, with values that an 8-bit image can hold."""
+    coarse = torch.randint(256, (20, 3, 4, 4), generator=torch.Generator().manual_seed(0)) / 255
     return coarse.repeat_interleave(8, dim=2).repeat_interleave(8, dim=3)
 
 
@@ -75,9 +78,29 @@ def labels(images):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(images, labels, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("undisturbed")
-    return evaluate(tiny_model(), images, labels, folder, EPS, batch_size=BATCH)
+def command(tmp_path_factory, images, labels):
+    """Arguments for a tiny checkpoint and 20 images in a folder."""
+    folder = tmp_path_factory.mktemp("command")
+    (folder / "tiny.py").write_text(TINY_SCRIPT)
+    state = tiny_model().state_dict()
+    torch.save({"model_state_dict": state, "arch": "tiny", "dataset": "cifar10"}, folder / "tiny.pt")
+    pixels = (images.permute(0, 2, 3, 1) * 255).round().to(torch.uint8).numpy()
+    np.savez(folder / "test.npz", image=pixels, label=labels.numpy())
+    return [str(folder / "tiny.pt"), "--script", str(folder / "tiny.py"), "--data-dir", str(folder),
+            "--batch-size", str(BATCH), "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def finished(command, tmp_path_factory):
+    out = tmp_path_factory.mktemp("results") / "out"
+    main([*command, "--out", str(out)])
+    return out
+
+
+@pytest.fixture(scope="module")
+def undisturbed(images, labels, finished):
+    """The same evaluation, whose batches are read from the disk."""
+    return evaluate(tiny_model(), images, labels, finished, EPS, batch_size=BATCH)
 
 
 # ------------------------------------------------------------------------------------------------- exactness
@@ -118,16 +141,16 @@ def test_a_random_model_is_remarked_upon_and_judged_by_rand(images, labels, tmp_
 
 
 def test_a_killed_evaluation_continues_to_the_same_result(images, labels, undisturbed, tmp_path, monkeypatch):
-    write, count = eval_autoattack.save_atomically, 0
+    replace, count = eval_autoattack.write_atomically, 0
 
-    def dies_now_and_then(path, **arrays):
+    def dies_now_and_then(path, write):
         nonlocal count
         count += 1
         if count % 4 == 0:
             path.with_name(path.name + ".tmp").write_bytes(b"half a fi")
             raise KeyboardInterrupt  # before the file has its name: this batch is lost
-        write(path, **arrays)
-    monkeypatch.setattr(eval_autoattack, "save_atomically", dies_now_and_then)
+        replace(path, write)
+    monkeypatch.setattr(eval_autoattack, "write_atomically", dies_now_and_then)
     for attempts in range(1, 20):
         try:
             result = evaluate(tiny_model(), images, labels, tmp_path, EPS, batch_size=BATCH)
@@ -177,14 +200,14 @@ build_model = lambda *args, **kwargs: Rounded(*plain(*args, **kwargs))
 def test_tf32_attacks_and_float32_judges(command, tmp_path, monkeypatch):
     """Also after kills: what the stages in TF32 broke and float32 does not is attacked again, in float32."""
     (tmp_path / "rounded.py").write_text(ROUNDED_SCRIPT)
-    perturb, write, precisions = eval_autoattack.perturb, eval_autoattack.save_atomically, []
+    perturb, replace, precisions = eval_autoattack.perturb, eval_autoattack.write_atomically, []
 
     def noted(attacker, attack, x, y):
         precisions.append((attack, torch.backends.cudnn.allow_tf32))
         return perturb(attacker, attack, x, y)
 
-    def killed(path, **arrays):
-        write(path, **arrays)
+    def killed(path, write):
+        replace(path, write)
         if path.name.startswith("apgd"):  # after each batch
             raise KeyboardInterrupt
     monkeypatch.setattr(eval_autoattack, "perturb", noted)
@@ -198,7 +221,7 @@ def test_tf32_attacks_and_float32_judges(command, tmp_path, monkeypatch):
             except KeyboardInterrupt:
                 continue
         results.append(json.loads((out / "result.json").read_text()))
-        monkeypatch.setattr(eval_autoattack, "save_atomically", killed)
+        monkeypatch.setattr(eval_autoattack, "write_atomically", killed)
     exact, fast = results
     assert fast["robust_accuracy"] == exact["robust_accuracy"] and fast["reservations"] == exact["reservations"]
     assert set(precisions) == {(attack, tf32) for attack in ("apgd-ce", "apgd-dlr") for tf32 in (False, True)}
@@ -288,6 +311,30 @@ def test_our_checkpoints_averaged_and_raw(ours):
         assert (model.info.weights, model.info.num_classes) == (weights, 10)
 
 
+def test_a_best_pt_holds_averaged_weights_alone(ours, tmp_path):
+    path, averaged, _ = ours
+    saved = torch.load(path, weights_only=True)
+    del saved["unaveraged_model_state_dict"]
+    torch.save(saved | {"step": 7, "score": 50.0, "mean": [0.5] * 3, "std": [0.5] * 3}, tmp_path / "best.pt")
+    model = load_classifier(tmp_path / "best.pt")
+    assert all(torch.equal(value, averaged[name]) for name, value in model.state_dict().items())
+    assert model.info.step == 7
+    with pytest.raises(InputError, match="holds no raw weights .*; a run keeps its raw weights in last.pt$"):
+        load_classifier(tmp_path / "best.pt", weights="raw")
+
+
+def test_imagenets_class_names_also_where_earlier_checkpoints_have_them(tmp_path):
+    (tmp_path / "my_copy.py").write_text(TINY_SCRIPT.replace('dataset="cifar10"', "pretrained"))
+    names = [f"n{i}" for i in range(10)]
+    saved = {"model_state_dict": tiny_model().state_dict(), "arch": "tiny", "dataset": "imagenet",
+             "num_classes": 10}
+    for more in ({"classes": names, "args": {"image_size": 32}},
+                 {"args": {"classes": names, "image_size": 32}}):
+        torch.save(saved | more, tmp_path / "tiny.pt")
+        info = load_classifier(tmp_path / "tiny.pt", script=tmp_path / "my_copy.py").info
+        assert info.args == {"classes": names, "image_size": 32} and info.num_classes == 10
+
+
 def test_dmat_checkpoint_gives_its_reference_logits():
     reference = np.load(FIXTURES / "dmat_wrn_10_1_cifar10_reference.npz")
     image, logits = [torch.from_numpy(reference[name]) for name in ("image", "logits")]
@@ -343,18 +390,20 @@ def bad_checkpoints(folder, averaged):
         ("hostile", {"model_state_dict": Hostile()}, {}, "damaged, or no checkpoint"),
         ("hostile pickle", pickle.dumps(Hostile()), {}, "damaged, or no checkpoint"),
         ("cut off", DMAT.read_bytes()[:1000], {}, "damaged, or no checkpoint"),
-        ("no arch", {"model_state_dict": averaged, "dataset": "cifar10"}, {}, "arch; give --arch"),
-        ("no dataset", {"model_state_dict": averaged, "arch": "wrn-10-1"}, {}, "dataset; give"),
-        ("strange dataset", {**good, "dataset": ["cifar10"]}, {}, "dataset; give"),
-        ("another arch", {**good, "arch": "wrn-16-1"}, {}, "is no wrn-16-1 for cifar10: lacks"),
+        ("no arch", {"model_state_dict": averaged, "dataset": "cifar10"}, {}, "arch or dataset; give --arch"),
+        ("no dataset", {"model_state_dict": averaged, "arch": "wrn-10-1"}, {}, "arch or dataset; give"),
+        ("strange dataset", {**good, "dataset": ["cifar10"]}, {}, "arch or dataset; give"),
+        ("another arch", {**good, "arch": "wrn-16-1"}, {}, "is no wrn-16-1 for cifar10: .* is absent"),
         ("another width", {**good, "arch": "wrn-10-2"}, {}, "is no wrn-10-2 for cifar10"),
         ("unknown arch", {**good, "arch": "resnet"}, {}, "resnet"),
         ("another dataset", good, {"dataset": "cifar100"}, r"weight is \[10, 64\], expected \[100, 64\]"),
         ("other classes", {**good, "num_classes": 7}, {}, "classifies into 7 classes, cifar10 has 10"),
         ("a list", [1, 2], {}, "holds a list"),
-        ("no weights", {"epoch": 3, **WRN}, {}, "no dict of tensors"),
-        ("strange names", {**good, "model_state_dict": {1: torch.zeros(1)}}, {}, "no dict of tensors"),
-        ("one more", with_weights(**{"extra.weight": torch.zeros(1)}), {}, "unknown extra.weight"),
+        ("no weights", {"epoch": 3, **WRN}, {}, "no averaged weights"),
+        ("strange names", {**good, "model_state_dict": {1: torch.zeros(1)}}, {}, "no averaged weights"),
+        ("one more", with_weights(**{"extra.weight": torch.zeros(1)}), {}, "extra.weight .* expected absent"),
+        ("Git LFS", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", {}, "Git LFS pointer"),
+        ("HTML", b"\n<!DOCTYPE html>\n<html>404</html>", {}, "web page"),
         ("not finite", with_weights(**{"logits.bias": nan}), {}, "logits.bias is not finite"),
     ]
 
@@ -373,26 +422,6 @@ def test_bad_checkpoints_give_one_clear_line(ours, tmp_path):
 
 # ------------------------------------------------------------------------------------------ the command line
 
-@pytest.fixture(scope="module")
-def command(tmp_path_factory, images, labels):
-    """Arguments for a tiny checkpoint and 20 images in a folder."""
-    folder = tmp_path_factory.mktemp("command")
-    (folder / "tiny.py").write_text(TINY_SCRIPT)
-    state = tiny_model().state_dict()
-    torch.save({"model_state_dict": state, "arch": "tiny", "dataset": "cifar10"}, folder / "tiny.pt")
-    pixels = (images.permute(0, 2, 3, 1) * 255).to(torch.uint8).numpy()
-    np.savez(folder / "test.npz", image=pixels, label=labels.numpy())
-    return [str(folder / "tiny.pt"), "--script", str(folder / "tiny.py"), "--data-dir", str(folder),
-            "--batch-size", str(BATCH), "--device", "cpu"]
-
-
-@pytest.fixture(scope="module")
-def finished(command, tmp_path_factory):
-    out = tmp_path_factory.mktemp("results") / "out"
-    main([*command, "--out", str(out)])
-    return out
-
-
 def test_says_what_it_judges_before_anything_else_and_leaves_json_and_npz(command, finished, capsys):
     main([*command, "--out", str(finished)])
     first, second, *_, last = capsys.readouterr().out.splitlines()
@@ -409,15 +438,36 @@ def test_says_what_it_judges_before_anything_else_and_leaves_json_and_npz(comman
                            "dataset", "architecture", "reported"}
 
 
-def test_a_changed_script_does_not_inherit_the_results(command, tmp_path):
-    """The verdicts of a network with masked gradients must not survive its correction."""
-    script = tmp_path / "tiny.py"
-    script.write_text(TINY_SCRIPT)
-    quick = [*command, "--script", str(script), "--attacks", "apgd-ce", "--out", str(tmp_path / "out")]
-    main(quick)
-    script.write_text(TINY_SCRIPT + "# another network, for all one knows")
-    with pytest.raises(InputError, match="script .* there"):
-        main(quick)
+def test_settings_are_compared_by_the_last_part_of_paths(command, finished, tmp_path, capsys):
+    """Files may move. Another file, or the same one after more training, is another evaluation."""
+    written = lambda: {path: path.stat().st_mtime_ns for path in finished.glob("*_*.npz")}
+    batches = written()
+    before = Path(command[0]).parent
+    after = Path(shutil.copytree(before, tmp_path / before.name))
+    moved = [part.replace(str(before), str(after)) for part in command] + ["--out", str(finished)]
+    main(moved)
+    assert "verified" in capsys.readouterr().out
+    assert written() == batches, "no batch is attacked again"
+    shutil.copy(after / "tiny.py", after / "other.py")
+    shutil.copy(after / "tiny.pt", after / "other.pt")
+    shutil.copytree(before, tmp_path / "other")
+    torch.save(torch.load(after / "tiny.pt", weights_only=True) | {"step": 5}, after / "tiny.pt")
+    cases = [
+        (moved, "step None there, 5 now"),
+        ([*moved, "--script", str(after / "other.py")], "script tiny.py there, other.py now"),
+        ([*moved, "--data-dir", str(tmp_path / "other")], f"data_dir {before.name} there, other now"),
+        ([str(after / "other.pt"), *moved[1:]], "checkpoint tiny.pt there, other.pt now"),
+    ]
+    for changed, message in cases:
+        with pytest.raises(InputError, match=message):
+            main(changed)
+
+
+def test_a_second_evaluation_in_the_same_folder_is_refused(command, finished, monkeypatch):
+    acquire = FileLock.acquire
+    monkeypatch.setattr(FileLock, "acquire", lambda self, timeout: acquire(self, timeout=0))  # do not wait
+    with acquire(FileLock(finished / "lock")), pytest.raises(InputError, match="another run is at work"):
+        main([*command, "--out", str(finished)])
 
 
 def test_two_processes_give_what_one_gives(command, finished, tmp_path):
@@ -493,9 +543,9 @@ def test_imagenet_protocol(tmp_path):
         listed.write_text(lines)
         with pytest.raises(InputError, match=message):
             load_imagenet(tmp_path, listed, None, 2)
-    with pytest.raises(InputError, match="2 class folders, expected 1000"):
+    with pytest.raises(InputError, match="2 class folders, not those of the 1000 classes"):
         load_imagenet(tmp_path, None, None)
-    with pytest.raises(InputError, match="other names"):
+    with pytest.raises(InputError, match="not those of the 2 classes"):
         load_imagenet(tmp_path, None, None, 2, class_names=["n01", "n03"])
     with pytest.raises(FileNotFoundError, match="val/val"):
         load_imagenet(tmp_path / "val", None, None)

@@ -1,7 +1,7 @@
 """experiments/train_edm.py: EDM's numbers, a run that continues exactly, and files that train_cifar.py takes."""
 import csv
-import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,8 +15,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent / "experiments"))
 import train_cifar
 import train_edm
-from edm_encoder import Conv2d, UNetBlock, load_edm_encoder
-from edm_pickles import dump, edm_file, randomise
+from edm_encoder import load_edm_encoder
+from edm_pickles import randomise
 from kill_twenty_times import leaves
 from train_edm import (Denoiser, InputError, build_run, denoising_loss, draw_batch, initialise, load_denoiser, main, parse_args, sample,
                        to_pixels, train_step)
@@ -25,7 +25,7 @@ ROOT, FIXTURES = Path(__file__).parent.parent, Path(__file__).parent / "fixtures
 TINY = FIXTURES / "edm_tiny_cond_vp.pkl"
 NETWORK = {"img_resolution": 32, "label_dim": 10, "model_channels": 8, "channel_mult": [1, 1, 1], "num_blocks": 1, "attn_resolutions": [16]}
 FLAGS = ["--model-channels", "8", "--channel-mult", "1", "1", "1", "--num-blocks", "1", "--batch-size", "8", "--device", "cpu"]
-TWELVE_STEPS = [*FLAGS, "--images", "96", "--save-every", "32"]  # saves every four
+TWELVE_STEPS = [*FLAGS, "--images", "96", "--save-minutes", "0"]  # saves in every step
 
 
 @pytest.fixture(scope="module")
@@ -47,10 +47,19 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def small_pictures():
+def small_pictures_and_many_rows():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_edm, "GRID", 1)
+        patch.setattr(train_edm, "PICTURE_EVERY", 32)
+        patch.setattr(train_edm, "LOG_EVERY", 5)
         yield
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    """A lock that is held is noticed at once, not after some seconds."""
+    acquire = train_cifar.FileLock.acquire
+    monkeypatch.setattr(train_cifar.FileLock, "acquire", lambda self, timeout=None: acquire(self, timeout=0))
 
 
 @pytest.fixture(scope="module")
@@ -90,33 +99,6 @@ def test_samples_are_nvidias(reference):
     assert pixels.dtype == torch.uint8 and (pixels != reference["sampled_uint8"]).float().mean() < 1e-3
 
 
-def test_full_size_network_has_the_files_names_and_shapes():
-    manifest = json.loads((FIXTURES / "edm_cifar10_cond_vp_manifest.json").read_text())
-    with torch.device("meta"):
-        denoiser = Denoiser(**NETWORK | {"model_channels": 128, "channel_mult": [2, 2, 2], "num_blocks": 4})
-    ours = {name: list(value.shape) for name, value in denoiser.state_dict().items()}
-    assert ours.items() <= manifest.items()
-    assert set(manifest) - set(ours) == {"model.map_augment.weight"}, "augmentation labels are for its training only"
-
-
-def test_an_ncsnpp_network_survives_nvidias_file_format(tmp_path):
-    network = NETWORK | {"embedding_type": "fourier", "encoder_type": "residual", "channel_mult_noise": 2, "resample_filter": [1, 3, 3, 1]}
-    written = randomise(Denoiser(**network)).eval()
-    dump(edm_file(written, network | {"dropout": 0.13, "augment_dim": 9}), tmp_path / "net.pkl")
-    noisy, label = torch.randn(2, 3, 32, 32), torch.tensor([1, 9])
-    assert torch.equal(load_denoiser(tmp_path / "net.pkl")(noisy, 0.5, label), written(noisy, 0.5, label))
-
-
-@pytest.mark.parametrize("taps", [(1, 1), (1, 3, 3, 1)])
-def test_upsampling_doubles_and_keeps_a_constant(taps):
-    layer, x = Conv2d(2, 2, 1, up=True, resample_filter=taps), torch.rand(1, 2, 4, 4)
-    layer.weight.data, layer.bias.data = torch.eye(2)[:, :, None, None], torch.zeros(2)
-    assert layer(x).shape == (1, 2, 8, 8)
-    torch.testing.assert_close(layer(torch.ones(1, 2, 4, 4))[..., 2:-2, 2:-2], torch.ones(1, 2, 4, 4))
-    if taps == (1, 1):
-        torch.testing.assert_close(layer(x), x.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3))
-
-
 def test_the_sampler_solves_the_equation_and_twice_the_steps_leave_a_quarter_of_the_error():
     """If images were N(0, s^2) noise, the best denoiser would be a factor, and the equation has a solution on paper."""
     s, z = 0.5, torch.randn(2, 3, 8, 8)
@@ -154,6 +136,10 @@ def small_run(*flags):
     return args, build_run(args, torch.device("cpu")), torch.from_numpy(images), torch.from_numpy(labels).long()
 
 
+def step_of(run, images, labels, step, args):
+    return train_step(run.model, run.averaged, run.optimizer, draw_batch(images, labels, step, args), step, args)
+
+
 def test_a_batch_depends_on_seed_and_step_alone_and_processes_share_it_out():
     args, _, images, labels = small_run()
     whole = draw_batch(images, labels, 5, args)
@@ -178,41 +164,39 @@ def test_a_pass_shows_every_image_once_half_of_them_mirrored_and_some_without_a_
 
 
 def test_the_average_follows_with_its_half_life_and_shares_nothing():
-    args, (model, averaged, optimizer), images, labels = small_run("--lr", "0.1", "--images", "1")
+    args, run, images, labels = small_run("--lr", "0.1", "--images", "1")
     weights = lambda module: torch.cat([p.detach().flatten() for p in module.parameters()])
-    assert not {p.data_ptr() for p in model.parameters()} & {p.data_ptr() for p in averaged.parameters()}
-    train_step(model, averaged, optimizer, draw_batch(images, labels, 0, args), 0, args)
-    assert torch.equal(weights(model), weights(averaged)), "nothing of the first, random weights is kept"
-    before, step = weights(averaged), 60  # 480 images so far, 5 % of them are 24, and a batch is 8: a third of the half-life
-    train_step(model, averaged, optimizer, draw_batch(images, labels, step, args), step, args)
-    torch.testing.assert_close(weights(averaged), 0.5 ** (1 / 3) * before + (1 - 0.5 ** (1 / 3)) * weights(model))
-    before, args.batch_size = weights(averaged), 500_000  # 30 million images so far: now it is half a million
-    train_step(model, averaged, optimizer, draw_batch(images, labels, 0, small_run()[0]), step, args)
-    torch.testing.assert_close(weights(averaged), (before + weights(model)) / 2)
+    assert not {p.data_ptr() for p in run.model.parameters()} & {p.data_ptr() for p in run.averaged.parameters()}
+    step_of(run, images, labels, 0, args)
+    assert torch.equal(weights(run.model), weights(run.averaged)), "nothing of the first, random weights is kept"
+    before, step = weights(run.averaged), 60  # 480 images so far, 5 % of them are 24, and a batch is 8: a third of the half-life
+    step_of(run, images, labels, step, args)
+    torch.testing.assert_close(weights(run.averaged), 0.5 ** (1 / 3) * before + (1 - 0.5 ** (1 / 3)) * weights(run.model))
+    before, args.batch_size = weights(run.averaged), 500_000  # 30 million images so far: now it is half a million
+    train_step(run.model, run.averaged, run.optimizer, draw_batch(images, labels, 0, small_run()[0]), step, args)
+    torch.testing.assert_close(weights(run.averaged), (before + weights(run.model)) / 2)
 
 
 def test_an_overflow_in_one_gradient_leaves_the_weights_finite():
-    args, (model, averaged, optimizer), images, labels = small_run()
-    model.model.map_label.weight.register_hook(lambda gradient: torch.full_like(gradient, torch.inf))
-    loss = train_step(model, averaged, optimizer, draw_batch(images, labels, 0, args), 0, args)
-    assert loss.isfinite() and all(p.isfinite().all() for p in model.parameters())
+    args, run, images, labels = small_run()
+    run.model.model.map_label.weight.register_hook(lambda gradient: torch.full_like(gradient, torch.inf))
+    assert step_of(run, images, labels, 0, args).isfinite() and all(p.isfinite().all() for p in run.model.parameters())
 
 
 def test_learning_rate_rises_over_a_twentieth_of_the_images():
     args, run, images, labels = small_run("--lr", "1e-3", "--images", "1600")
     rates = []
     for step in (0, 4, 9, 10, 100):
-        train_step(*run, draw_batch(images, labels, step, args), step, args)
-        rates.append(run[2].param_groups[0]["lr"])
+        step_of(run, images, labels, step, args)
+        rates.append(run.optimizer.param_groups[0]["lr"])
     np.testing.assert_allclose(rates, [1e-4, 5e-4, 1e-3, 1e-3, 1e-3])
 
 
 def test_dropout_acts_in_training_and_not_in_the_average():
-    _, (model, averaged, _), _, _ = small_run("--dropout", "0.5")
-    randomise(model), randomise(averaged)
+    _, run, _, _ = small_run("--dropout", "0.5")
+    randomise(run.model), randomise(run.averaged)
     noisy, changes = torch.randn(2, 3, 32, 32), lambda module: not torch.equal(module(noisy, 1.0), module(noisy, 1.0))
-    assert changes(model) and not changes(averaged)
-    assert all(block.dropout == 0 for block in averaged.modules() if isinstance(block, UNetBlock))
+    assert changes(run.model) and not changes(run.averaged)
 
 
 def test_it_learns(tmp_path, folder, monkeypatch):
@@ -225,43 +209,58 @@ def test_it_learns(tmp_path, folder, monkeypatch):
 # ------------------------------------------------------------------------------------------- a run, continued
 
 def assert_same(path, other):
-    """Two checkpoints hold the same numbers, bit for bit. (The log has a row more where a run was stopped.)"""
-    a, b = [dict(leaves(torch.load(p, weights_only=True) | {"log": None})) for p in (path, other)]
-    assert a.keys() == b.keys() and any("optimizer" in name for name in a)
+    """Two checkpoints hold the same numbers, bit for bit, but for the speed in the log."""
+    a, b = [dict(leaves(torch.load(p, weights_only=True))) for p in (path, other)]
+    assert a.keys() == b.keys() and any("optimizer" in name for name in a) and any("log" in name for name in a)
     for name in a:
-        assert torch.equal(a[name], b[name]) if isinstance(a[name], torch.Tensor) else a[name] == b[name], name
+        if not name.endswith("/images_per_s"):
+            assert torch.equal(a[name], b[name]) if isinstance(a[name], torch.Tensor) else a[name] == b[name], name
 
 
 def continue_and_compare(out, finished, folder):
-    assert 4 <= torch.load(out / "edm.pt", weights_only=True)["step"] < 12
     main([*TWELVE_STEPS, "--data-dir", str(folder), "--out", str(out)])
     assert_same(out / "edm.pt", finished / "edm.pt")
     assert not list(out.glob("*.tmp"))
 
 
 def test_a_killed_run_continues_bit_for_bit(finished, folder, tmp_path):
-    command = [sys.executable, "experiments/train_edm.py", *TWELVE_STEPS, "--data-dir", str(folder), "--out", str(tmp_path)]
-    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # decides in which order sums are taken
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, env=environment) as process:
-        while not (tmp_path / "edm.pt").exists() and process.poll() is None:
-            time.sleep(0.01)
+    run = ("import sys, torch; sys.path[:0] = ['experiments']; import train_edm; train_edm.GRID, train_edm.LOG_EVERY = 1, 5; "
+           f"torch.set_num_threads({torch.get_num_threads()}); train_edm.main(sys.argv[1:])")  # decides in which order sums are taken
+    command = [sys.executable, "-c", run, *TWELVE_STEPS, "--data-dir", str(folder), "--out", str(tmp_path)]
+    step = lambda: torch.load(tmp_path / "edm.pt", weights_only=True)["step"] if (tmp_path / "edm.pt").exists() else 0
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL) as process:
+        while step() < 3 and process.poll() is None:
+            time.sleep(0.005)
         process.kill()
-    assert process.returncode == -signal.SIGKILL
+    assert process.returncode == -signal.SIGKILL and 3 <= step() < 12
     continue_and_compare(tmp_path, finished, folder)
 
 
-def test_a_run_that_is_asked_to_stop_saves_and_continues_bit_for_bit(finished, folder, tmp_path, monkeypatch):
+@pytest.mark.parametrize("at, after", [(7, 7), (0, 0)])
+def test_whatever_ends_a_run_it_continues_bit_for_bit(finished, folder, tmp_path, monkeypatch, at, after):
     def interrupted(*inputs):
-        if inputs[-2] == 5:
-            signal.raise_signal(signal.SIGTERM)
+        if inputs[-2] == at:
+            raise KeyboardInterrupt
         return train_step(*inputs)
     monkeypatch.setattr(train_edm, "train_step", interrupted)
-    with pytest.raises(SystemExit) as caught:
+    with pytest.raises(KeyboardInterrupt):
         main([*TWELVE_STEPS, "--data-dir", str(folder), "--out", str(tmp_path)])
-    assert caught.value.code == 128 + signal.SIGTERM and torch.load(tmp_path / "edm.pt", weights_only=True)["step"] == 6
     monkeypatch.undo()
-    train_cifar.SIGNALS.clear()  # a process of its own would begin without
+    monkeypatch.setattr(train_edm, "GRID", 1), monkeypatch.setattr(train_edm, "LOG_EVERY", 5)
+    saved = torch.load(tmp_path / "edm.pt", weights_only=True)
+    assert saved["step"] == after and len(saved["recent"]) == after % 5, "losses that no row of the log has are kept"
     continue_and_compare(tmp_path, finished, folder)
+    rows = [[row[name] for row in csv.DictReader(open(out / "log.csv")) for name in ("step", "loss")] for out in (tmp_path, finished)]
+    assert rows[0] == rows[1]
+
+
+def test_the_clock_decides_when_to_save(folder, tmp_path, monkeypatch):
+    saved, save = [], train_edm.save
+    monkeypatch.setattr(train_edm, "save", lambda path, recipe, run: saved.append(run.step) or save(path, recipe, run))
+    main([*TWELVE_STEPS, "--save-minutes", "60", "--images", "24", "--data-dir", str(folder), "--out", str(tmp_path / "rarely")])
+    assert saved == [0, 3], "before the first step and in the end"
+    main([*TWELVE_STEPS, "--images", "24", "--data-dir", str(folder), "--out", str(tmp_path / "always")])
+    assert saved[2:] == [0, 1, 2, 3]
 
 
 def test_a_finished_run_stays_as_it_is_and_can_be_made_longer(finished, folder, tmp_path):
@@ -271,8 +270,21 @@ def test_a_finished_run_stays_as_it_is_and_can_be_made_longer(finished, folder, 
     (tmp_path / "edm.pt").write_bytes(before)
     main([*FLAGS, "--images", "104", "--data-dir", str(folder), "--out", str(tmp_path)])
     log = list(csv.DictReader(open(tmp_path / "log.csv")))
-    assert [int(row["step"]) for row in log] == [4, 8, 12, 13]
+    assert [int(row["step"]) for row in log] == [5, 10, 12, 13]
     assert sorted(path.name for path in finished.glob("*.png")) == [f"samples-{n:09d}.png" for n in (32, 64, 96)]
+
+
+def test_nothing_is_overwritten_by_starting_anew(folder, tmp_path):
+    (tmp_path / "log.csv").write_text("mine")
+    with pytest.raises(InputError, match="has log.csv but no edm.pt to continue"):
+        main([*TWELVE_STEPS, "--data-dir", str(folder), "--out", str(tmp_path)])
+    assert (tmp_path / "log.csv").read_text() == "mine" and not (tmp_path / "edm.pt").exists()
+
+
+def test_a_second_run_in_the_same_folder_is_refused(folder, tmp_path, impatient):
+    with train_cifar.FileLock(tmp_path / "lock"), pytest.raises(InputError, match="another run is at work there"):
+        main([*TWELVE_STEPS, "--data-dir", str(folder), "--out", str(tmp_path)])
+    assert not (tmp_path / "edm.pt").exists()
 
 
 def test_a_checkpoint_that_would_run_code_is_refused(finished, folder, tmp_path):
@@ -281,10 +293,11 @@ def test_a_checkpoint_that_would_run_code_is_refused(finished, folder, tmp_path)
         main([*TWELVE_STEPS, "--data-dir", str(folder), "--out", str(tmp_path)])
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_and_nothing_is_saved(folder, tmp_path):
-    with pytest.raises(FloatingPointError, match="not finite in step [0-9]+; last good checkpoint: none"):
-        main([*TWELVE_STEPS, "--lr", "1e30", "--data-dir", str(folder), "--out", str(tmp_path)])
-    assert not (tmp_path / "edm.pt").exists()
+def test_a_loss_that_is_not_finite_ends_the_run_and_nothing_of_it_is_saved(folder, tmp_path):
+    with pytest.raises(FloatingPointError, match="not finite in step [0-9]+: {'loss': "):
+        main([*FLAGS, "--images", "96", "--lr", "1e30", "--data-dir", str(folder), "--out", str(tmp_path)])
+    saved = torch.load(tmp_path / "edm.pt", weights_only=True)
+    assert saved["step"] == 0 and all(tensor.isfinite().all() for tensor in saved["model_state_dict"].values())
 
 
 # -------------------------------------------------------------------------------------- what the model is for
@@ -296,8 +309,38 @@ def test_the_file_is_a_teacher_with_labels_and_without(finished):
         assert torch.equal(tensor, saved["model_state_dict"][name]) and torch.equal(tensor, denoiser.model.state_dict()[name])
     assert encoder.label_dim == 10 and not any(p.requires_grad for p in [*encoder.parameters(), *denoiser.parameters()])
     for flags in ([], ["--teacher-unconditional"]):
-        teacher = train_cifar.load_teacher(train_cifar.parse_args(["--smoke", "--teacher", str(finished / "edm.pt"), *flags]), "cpu")
+        teacher = train_cifar.load_teacher(train_cifar.parse_args(["--smoke", "--teacher", str(finished / "edm.pt"), *flags]))
         assert teacher(torch.rand(2, 3, 32, 32), None if flags else torch.tensor([0, 9]), 0.06).shape == (2, 8)
+
+
+def test_a_model_without_labels(folder, tmp_path, monkeypatch):
+    (tmp_path / "data").mkdir()
+    shutil.copy(folder / "test.npz", tmp_path / "data")
+    with np.load(folder / "train.npz") as file:
+        np.savez(tmp_path / "data" / "train.npz", image=file["image"])
+    flags = [*FLAGS, "--images", "16", "--data-dir", str(tmp_path / "data"), "--out", str(tmp_path / "run")]
+    with pytest.raises(InputError, match="train.npz: .*label"):
+        main(flags)
+    shapes, save_image = [], train_edm.save_image
+    monkeypatch.setattr(train_edm, "GRID", 3)
+    monkeypatch.setattr(train_edm, "save_image", lambda images, *rest, **named: shapes.append(images.shape) or save_image(images, *rest, **named))
+    main([*flags, "--label-dropout", "1"])
+    assert shapes == [(9, 3, 32, 32)], "no rows of classes"
+    saved = torch.load(tmp_path / "run" / "edm.pt", weights_only=True)
+    assert saved["edm_arguments"]["label_dim"] == 0 and not [name for name in saved["model_state_dict"] if "map_label" in name]
+
+    # It is a teacher as any other, and has no images with labels to give.
+    encoder, images, noise = load_edm_encoder(tmp_path / "run" / "edm.pt"), torch.rand(2, 3, 32, 32), torch.randn(2, 3, 32, 32)
+    assert torch.equal(encoder(images, torch.tensor([0, 9]), 0.06, noise), encoder(images, None, 0.06, noise))
+    teacher = train_cifar.load_teacher(train_cifar.parse_args(["--smoke", "--teacher", str(tmp_path / "run" / "edm.pt")]))
+    assert teacher.label_dim == 0 and teacher.width == 8
+    with pytest.raises(InputError, match="edm.pt: is a model without labels, and synthetic images need labels"):
+        draw(tmp_path / "synthetic.npz", 4, tmp_path / "run" / "edm.pt")
+    assert not list(tmp_path.glob("synthetic*"))
+
+    np.savez(tmp_path / "data" / "train.npz", image=np.zeros((64, 16, 16, 3), np.uint8))
+    with pytest.raises(InputError, match="train.npz: .* expected uint8"):
+        main([*flags, "--label-dropout", "1"])
 
 
 def draw(out, count, model, *flags, **processes):
@@ -305,7 +348,7 @@ def draw(out, count, model, *flags, **processes):
     train_edm.draw_images(args, **processes)
 
 
-def test_synthetic_images_are_balanced_and_functions_of_seed_and_number(finished, tmp_path, monkeypatch):
+def test_synthetic_images_are_balanced_and_functions_of_seed_and_number(finished, tmp_path, monkeypatch, impatient):
     draw(tmp_path / "ten.npz", 10, TINY)
     images, labels = train_cifar.open_npz(tmp_path / "ten.npz", 10)
     assert images.shape == (10, 32, 32, 3) and labels.tolist() == list(range(10))
@@ -318,24 +361,26 @@ def test_synthetic_images_are_balanced_and_functions_of_seed_and_number(finished
     draw(tmp_path / "other.npz", 4, TINY, "--seed", "1")
     with pytest.raises(FileNotFoundError):  # one of two processes alone: the other's parts are missing
         draw(tmp_path / "two.npz", 10, TINY, rank=0, world=2)
-    (folder,) = tmp_path.glob("two.npz.parts-*")
-    assert sorted(part.name for part in folder.glob("*.npz")) == ["000000000.npz", "000000008.npz"]
-    draw(tmp_path / "two.npz", 10, finished / "edm.pt", rank=1, world=2)
-    assert len(list(tmp_path.glob("two.npz.parts-*"))) == 2, "another model's images are kept apart"
+    parts = tmp_path / "two.npz.parts"
+    assert sorted(part.name for part in parts.glob("*.npy")) == ["000000000.npy", "000000008.npy"]
     count.clear()
-    (folder / "000000004.npz").write_bytes(b"half")
-    with pytest.raises(InputError, match="000000004.npz: damaged; delete it"):
+    for model, flags, named in ((finished / "edm.pt", (), "model edm_tiny_cond_vp.pkl, not edm.pt"), (TINY, ("--seed", "1"), "seed 0, not 1"),
+                                (TINY, ("--batch-size", "5"), "batch_size 4, not 5")):
+        with pytest.raises(InputError, match=f"two.npz.parts: is of a run with {named}"):
+            draw(tmp_path / "two.npz", 10, model, *flags)
+    same_name = tmp_path / TINY.name
+    shutil.copyfile(TINY, same_name)
+    with pytest.raises(InputError, match="two.npz.parts: is of a run with time of the model"):
+        draw(tmp_path / "two.npz", 10, same_name)
+    (parts / "000000004.npy").write_bytes(b"half")
+    with pytest.raises(InputError, match="000000004.npy: damaged; delete it"):
         draw(tmp_path / "two.npz", 10, TINY)
-    (folder / "000000004.npz").unlink()
-    hold = "import fcntl, sys; file = open(sys.argv[1], 'w'); fcntl.lockf(file, fcntl.LOCK_EX); print(flush=True); input()"
-    with subprocess.Popen([sys.executable, "-c", hold, folder / "lock"], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
-        other.stdout.readline()
-        with pytest.raises(InputError, match="another run is at work there"):
-            draw(tmp_path / "two.npz", 10, TINY)
-        other.kill()
+    (parts / "000000004.npy").unlink()
+    with train_cifar.FileLock(parts / "lock"), pytest.raises(InputError, match="another run is at work there"):
+        draw(tmp_path / "two.npz", 10, TINY)
     assert not count
     draw(tmp_path / "two.npz", 10, TINY)
-    assert len(count) == 1 and not folder.exists(), "only what was missing is drawn"
+    assert len(count) == 1 and not parts.exists(), "only what was missing is drawn"
     assert np.array_equal(np.load(tmp_path / "two.npz")["image"], images)
     assert not np.array_equal(np.load(tmp_path / "other.npz")["image"], images[:4]), "another seed, other images"
 
@@ -358,28 +403,30 @@ def test_the_plan_counts_edms_own_training(folder, tmp_path, capsys):
 
 def test_bad_flags_and_files_are_named_and_write_nothing(finished, folder, tmp_path, capsys):
     (tmp_path / "page.pt").write_text("<html>404</html>")
+    (tmp_path / "pointer.pt").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
     torch.save({"step": 3}, tmp_path / "other.pt")
     (tmp_path / "there.npz").write_text("mine")
-    for split in ("train", "test"):
-        np.savez(tmp_path / f"{split}.npz", image=np.zeros((10, 32, 32, 3), np.uint8), label=np.arange(10))
-    (tmp_path / "seven").mkdir()
-    np.savez(tmp_path / "seven" / "train.npz", image=np.zeros((8, 32, 32, 3), np.uint8), label=np.arange(8) % 7)
+    for name, labels in ((folder.name, np.arange(10)), ("seven", np.arange(8) % 7)):
+        (tmp_path / name).mkdir()
+        np.savez(tmp_path / name / "train.npz", image=np.zeros((len(labels), 32, 32, 3), np.uint8), label=labels)
     run, out = ["--data-dir", str(folder)], ["--out", str(tmp_path / "never")]
     draw = ["--sample", "8", "--out", str(tmp_path / "never.npz"), "--model"]
     for flags, named in [
-            ([*out, "--images", "0"], "--images"), ([*out, "--lr", "-1"], "--lr"), ([*out, "--label-dropout", "1"], "--label-dropout"),
-            ([*out, "--channel-mult", "0", "1", "1"], "--channel-mult"), ([*out, "--model-channels", "4"], "--model-channels 4"),
+            ([*out, "--images", "0"], "--images"), ([*out, "--lr", "-1"], "--lr"), ([*out, "--label-dropout", "1.5"], "--label-dropout"),
+            ([*out, "--label-dropout", "-0.1"], "--label-dropout"), ([*out, "--dropout", "1"], "--dropout"), ([*out, "--save-minutes", "-1"], "--save-minutes"),
+            ([*out, "--channel-mult", "0", "1", "1"], "--channel-mult"), ([*out, "--model-channels", "4"], "--model-channels: '4'"),
             ([*out, "--model-channels", "130", "--batch-size", "8"], "--model-channels"), ([*out, "--batch-size", "65"], "--batch-size 65"),
-            ([*out, "--sample", "8"], ".npz"), ([*out, "--sample", "0"], "--sample 0"), ([*out, "--probe", "1"], "--probe 1"),
+            ([*out, "--sample", "8"], ".npz"), ([*out, "--sample", "0"], "--sample: '0'"), ([*out, "--probe", "1"], "--probe: '1'"),
             ([*out, "--channel-mult", "1", "1"], "--channel-mult"), ([*out, *FLAGS, "--num-blocks", "33"], "--num-blocks"),
-            ([*draw, str(TINY), "--dry-run"], "--dry-run"), ([*out, "--smoke", "--dataset", "cifar100"], "--smoke"),
+            ([*draw, str(TINY), "--dry-run"], "--dry-run"), ([*out, "--smoke", "--dataset", "cifar100"], "--smoke"), ([*out, "--nonsense", "1"], "--nonsense"),
             ([*out, *FLAGS, "--data-dir", str(tmp_path / "seven")], "has images of 7 classes, expected 10"), ([*out, "--data-dir", str(tmp_path / "x")], "x"),
-            ([*draw, str(tmp_path / "none.pt")], "none.pt"), ([*draw, str(tmp_path / "page.pt")], "page.pt: this is a web page"),
-            ([*draw, str(tmp_path / "other.pt")], "other.pt: damaged, refused or no diffusion model"),
+            ([*draw, str(tmp_path / "none.pt")], "none.pt"), ([*draw, str(tmp_path / "page.pt")], "page.pt: is a web page"),
+            ([*draw, str(tmp_path / "pointer.pt")], "pointer.pt: is a Git LFS pointer"),
+            ([*draw, str(tmp_path / "other.pt")], "other.pt: damaged, refused or no EDM network"),
             ([*draw, str(TINY), "--dataset", "cifar100"], "10 classes"),
             ([*draw, str(TINY), "--out", str(tmp_path / "there.npz")], "there.npz: is there already"),
-            (["--out", str(finished), *TWELVE_STEPS, "--data-dir", str(tmp_path)], "other settings (data ["),
-            (["--out", str(finished), *FLAGS, "--lr", "0.5"], "lr 0.001 there, 0.5 now")]:
+            (["--out", str(finished), *TWELVE_STEPS, "--data-dir", str(tmp_path / folder.name)], "edm.pt: is of a run with number of images 64, not 10"),
+            (["--out", str(finished), *FLAGS, "--lr", "0.5"], "edm.pt: is of a run with lr 0.001, not 0.5")]:
         with pytest.MonkeyPatch.context() as patch, pytest.raises((InputError, OSError, SystemExit)) as caught:
             patch.setattr(train_cifar.torchvision.datasets, "CIFAR10", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("no network")))
             main([*run, "--device", "cpu", *flags])
@@ -390,7 +437,7 @@ def test_bad_flags_and_files_are_named_and_write_nothing(finished, folder, tmp_p
 
 
 def test_the_command_line_exits_with_2_and_one_line(tmp_path):
-    command = [sys.executable, "experiments/train_edm.py", "--probe", "--model", str(tmp_path / "none.pt")]
+    command = [sys.executable, "experiments/train_edm.py", "--sample", "4", "--out", str(tmp_path / "images.npz"), "--model", str(tmp_path / "none.pt")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("error: ") and "none.pt" in done.stderr and len(done.stderr.splitlines()) == 1
 
@@ -399,12 +446,12 @@ def test_damaged_files_give_one_clear_line(finished, tmp_path):
     """The same reader is behind train_cifar.py's --teacher."""
     whole, path = (finished / "edm.pt").read_bytes(), tmp_path / "edm.pt"
     saved = torch.load(finished / "edm.pt", weights_only=True)
-    contents = [(whole[:len(whole) // 2], "cut off|damaged"), (whole[:100] + bytes(1000) + whole[1100:], "cut off|damaged"),
+    contents = [(whole[:len(whole) // 2], "damaged"), (whole[:100] + bytes(1000) + whole[1100:], "damaged"),
                 ({"model_state_dict": saved["model_state_dict"]}, "damaged"), (saved | {"edm_arguments": 3}, "damaged"),
                 (saved | {"edm_arguments": saved["edm_arguments"] | {"num_blocks": 2}}, "is missing"),
                 (saved | {"edm_arguments": saved["edm_arguments"] | {"model_channels": 16}}, r" is \[.*\], expected \["),
                 (saved | {"edm_arguments": saved["edm_arguments"] | {"colour": "red"}}, "colour"),
-                (saved | {"model_state_dict": dict.fromkeys(saved["model_state_dict"], 3)}, "not a usable EDM network"),
+                (saved | {"model_state_dict": dict.fromkeys(saved["model_state_dict"], 3)}, "is missing"),
                 (saved | {"model_state_dict": {"os": os.getcwd}}, "damaged, refused")]  # a function is not data
     for content, message in contents:
         path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)

@@ -3,14 +3,16 @@ import copy
 import math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import train_cifar
 from edm_encoder import EDMEncoder
-from train_cifar import (averaging_decay, build_model, build_optimizer, build_projector, crop_and_flip, dra_loss, kl_divergence,
-                         margin_loss, one_cycle, pgd, set_batchnorm, trades_attack, trades_loss, train_step, update_average)
+from train_cifar import (averaging_decay, build_model, build_optimizer, build_projector, build_scheduler,
+                         crop_and_flip, dra_loss, kl_divergence, margin_loss, pgd, set_batchnorm,
+                         trades_attack, trades_loss, train_step, update_average)
 
 EPS, STEP_SIZE = 8 / 255, 2 / 255
 
@@ -27,10 +29,25 @@ def images():
 
 
 def start_near(images):
-    return (images + EPS * (2 * torch.rand(images.shape, generator=torch.Generator().manual_seed(2)) - 1)).clamp(0, 1)
+    uniform = torch.rand(images.shape, generator=torch.Generator().manual_seed(2))
+    return (images + EPS * (2 * uniform - 1)).clamp(0, 1)
 
 
-# ------------------------------------------------------------------------------------------------------------- attack
+def step_arguments(*flags):
+    """What `train_step` reads of the settings, without a teacher unless a flag says otherwise."""
+    return train_cifar.parse_args(["--device", "cpu", "--dra-weight", "0", *flags])
+
+
+def take_step(model, images, args, projectors=nn.ModuleList(), teacher=None, **batch):
+    """One training step on eight images of classes 0 to 7. Returns its numbers."""
+    given = {"labels": torch.arange(8), "start": start_near(images), "teacher_noise": []}
+    batch = SimpleNamespace(images=images, **given | batch)
+    averaged = copy.deepcopy(model).requires_grad_(False)
+    optimizer = build_optimizer(args, model, projectors)
+    return train_step(model, averaged, projectors, teacher, optimizer, batch, 0.0, args)
+
+
+# ----------------------------------------------------------------------------------------------------- attack
 
 def test_attack_stays_within_eps_and_the_pixel_range_and_raises_the_divergence(model, images):
     start = start_near(images)
@@ -46,22 +63,20 @@ def test_attack_uses_batch_statistics_and_leaves_no_trace(model, images):
     before, start = copy.deepcopy(model.state_dict()), start_near(images)
     adv = trades_attack(model, images, start, EPS, STEP_SIZE, 2)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert all(p.requires_grad and p.grad is None for p in model.parameters()) and model.batchnorm.track_running_stats
-    assert not torch.equal(adv, trades_attack(model.eval(), images, start, EPS, STEP_SIZE, 2)), "running statistics give another attack"
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+    assert model.batchnorm.track_running_stats
+    with_running = trades_attack(model.eval(), images, start, EPS, STEP_SIZE, 2)
+    assert not torch.equal(adv, with_running), "running statistics give another attack"
 
 
 def test_attack_needs_no_weight_gradients(model, images):
-    """Seen from inside the attack, every weight is frozen, so that neither autograd nor a compiled graph computes its gradient."""
+    """Seen from inside the attack, every weight is frozen, so that neither autograd nor a compiled graph
+    computes its gradient."""
     seen = []
-    model.logits.register_forward_hook(lambda module, *_: seen.append(any(p.requires_grad for p in model.parameters())))
+    look = lambda *_: seen.append(any(p.requires_grad for p in model.parameters()))
+    model.logits.register_forward_hook(look)
     trades_attack(model, images, images, EPS, STEP_SIZE, 2)
     assert seen == [False] * 3, "one clean forward and one for each step"
-
-
-def test_an_attack_that_breaks_still_restores_the_model(model, images):
-    with pytest.raises(RuntimeError):
-        trades_attack(model, images, images[:, :2], EPS, STEP_SIZE, 1)
-    assert model.batchnorm.track_running_stats and all(p.requires_grad for p in model.parameters())
 
 
 def test_pgd_follows_the_sign_of_the_gradient_to_the_corner_of_the_ball():
@@ -71,7 +86,7 @@ def test_pgd_follows_the_sign_of_the_gradient_to_the_corner_of_the_ball():
     torch.testing.assert_close(adv, torch.tensor([[[[0.6, 1.0, 0.0]]]]))
 
 
-# ------------------------------------------------------------------------------------------------------------- losses
+# ----------------------------------------------------------------------------------------------------- losses
 
 def test_trades_without_perturbation_is_cross_entropy(model, images):
     logits, labels = model(images), torch.arange(8)
@@ -84,7 +99,8 @@ def test_trades_divergence_is_kl_from_clean_to_adversarial():
     p, q = clean.softmax(1), adv.softmax(1)
     kl = (p * (p / q).log()).sum(1).mean()
     expected = nn.functional.cross_entropy(clean, labels) + 6 * kl
-    torch.testing.assert_close(trades_loss(clean, adv, labels, 6, 0.0).double(), expected, rtol=1e-5, atol=1e-5)
+    loss = trades_loss(clean, adv, labels, 6, 0.0)
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_trades_gradient_is_finite_where_a_probability_underflows():
@@ -99,7 +115,8 @@ def test_trades_gradient_is_finite_where_a_probability_underflows():
 
 def test_losses_are_float32_whatever_comes_in():
     half = torch.randn(4, 10, dtype=torch.bfloat16)
-    assert trades_loss(half, half + 1, torch.arange(4), 5, 0.1).dtype == dra_loss(half, half).dtype == torch.float32
+    losses = trades_loss(half, half + 1, torch.arange(4), 5, 0.1), dra_loss(half, half)
+    assert all(loss.dtype == torch.float32 for loss in losses)
 
 
 def test_alignment_is_minus_one_where_directions_agree_and_ignores_length():
@@ -110,31 +127,37 @@ def test_alignment_is_minus_one_where_directions_agree_and_ignores_length():
 
 
 def test_margin_pushes_only_images_that_are_still_classified_correctly():
-    """Hinged at 0, as in DM-AT: where the attack has won, the gradient is zero and PGD's sign step stays where it is."""
+    """Cut off at 0, as in DM-AT: where the attack has won, the gradient is zero and PGD stays where it is."""
     logits = torch.tensor([[3.0, 1.0, 0.0], [3.0, 1.0, 0.0]], requires_grad=True)
     loss = margin_loss(logits, torch.tensor([0, 1]))
     loss.backward()
     assert loss == -2 and torch.equal(logits.grad, torch.tensor([[-1.0, 1.0, 0.0], [0.0, 0.0, 0.0]]))
 
 
-# ------------------------------------------------------------------------------------------------------ the whole step
+# --------------------------------------------------------------------------------------------- the whole step
 
 def test_step_with_alignment_trains_model_and_projectors_but_not_the_teacher(model, images):
-    teacher = EDMEncoder("dec.16x16_in1", img_resolution=32, label_dim=10, model_channels=8, channel_mult=[1, 2], num_blocks=1)
+    teacher = EDMEncoder("dec.16x16_in1", img_resolution=32, label_dim=10, model_channels=8,
+                         channel_mult=[1, 2], num_blocks=1)
     projectors = nn.ModuleList(build_projector(64, teacher.width) for _ in range(2))
     averaged = copy.deepcopy(model).requires_grad_(False)
     args = train_cifar.parse_args(["--extra-sigma", "--device", "cpu", "--attack-steps", "2"])
     optimizer = build_optimizer(args, model, projectors)
     noise = [(0.06, torch.randn(images.shape)), (torch.rand(8) + 0.1, torch.randn(images.shape))]
-    batch = SimpleNamespace(images=images, labels=torch.arange(8), start=start_near(images), teacher_noise=noise)
+    batch = SimpleNamespace(images=images, labels=torch.arange(8), start=start_near(images),
+                            teacher_noise=noise)
     before = [copy.deepcopy(module.state_dict()) for module in (model, projectors, teacher)]
-    numbers = [train_step(model, averaged, projectors, teacher, optimizer, batch, 0.5, args) for _ in range(8)]
+    settings = optimizer, batch, 0.5, args
+    numbers = [train_step(model, averaged, projectors, teacher, *settings) for _ in range(8)]
 
-    changed = [any(not torch.equal(value, old[name]) for name, value in module.state_dict().items()) for module, old in zip((model, projectors, teacher), before)]
+    changed = [any(not torch.equal(value, old[name]) for name, value in module.state_dict().items())
+               for module, old in zip((model, projectors, teacher), before)]
     assert changed == [True, True, False]
-    assert all(p.grad is None for p in teacher.parameters()) and all(p.grad is not None for p in projectors.parameters())
+    assert all(p.grad is None for p in teacher.parameters())
+    assert all(p.grad is not None for p in projectors.parameters())
     first, last = numbers[0], numbers[-1]
-    torch.testing.assert_close(first["loss"], first["trades"] - args.dra_weight * first["cosine"], msg="eq. (4): L_DRA is minus the cosine")
+    torch.testing.assert_close(first["loss"], first["trades"] - args.dra_weight * first["cosine"],
+                               msg="eq. (4): L_DRA is minus the cosine")
     assert last["cosine"] > first["cosine"]
 
 
@@ -145,11 +168,22 @@ def test_teacher_can_be_kept_from_the_labels(model, images):
         seen.append(labels)
         return torch.ones(len(images), 4)
     for flags in ([], ["--teacher-unconditional"]):
-        args = train_cifar.parse_args(["--device", "cpu", "--attack-steps", "1", *flags])
+        args = step_arguments("--attack-steps", "1", "--dra-weight", "1", *flags)
         projectors = nn.ModuleList([build_projector(64, 4)])
-        batch = SimpleNamespace(images=images, labels=torch.arange(8), start=images, teacher_noise=[(0.06, images)])
-        train_step(model, copy.deepcopy(model).requires_grad_(False), projectors, teacher, build_optimizer(args, model, projectors), batch, 0.0, args)
+        take_step(model, images, args, projectors, teacher, teacher_noise=[(0.06, images)])
     assert torch.equal(seen[0], torch.arange(8)) and seen[1] is None
+
+
+def test_accuracies_of_a_step_are_in_percent(model, images):
+    """Clean accuracy is that of the clean forward, robust accuracy that on the attacked images."""
+    before = copy.deepcopy(model)
+    clean_logits = before(images)
+    labels = clean_logits.argmax(dim=1)  # all right, until they are attacked
+    adv = trades_attack(before, images, start_near(images), EPS, STEP_SIZE, 10, clean_logits)
+    robust = 100 * (before(adv).argmax(dim=1) == labels).float().mean()
+    assert 0 < robust < 100
+    numbers = take_step(model, images, step_arguments(), labels=labels)
+    assert numbers["train_clean"] == 100 and numbers["train_robust"] == robust
 
 
 def test_compiled_features_take_the_same_step(model, images):
@@ -166,18 +200,20 @@ def test_compiled_features_take_the_same_step(model, images):
     torch.testing.assert_close(compiled.state_dict(), model.state_dict())
 
 
-# -------------------------------------------------------------------------------------- averaging, schedule, optimizers
+# ---------------------------------------------------------------------------- averaging, schedule, optimizers
 
 def test_average_shares_no_storage_with_the_live_model(model):
     averaged = copy.deepcopy(model).requires_grad_(False)
     for _ in range(2):
         update_average(averaged, model, 0.9)
-        storages = [{t.untyped_storage().data_ptr() for t in [*m.parameters(), *m.buffers()]} for m in (averaged, model)]
+        storages = [{t.untyped_storage().data_ptr() for t in [*m.parameters(), *m.buffers()]}
+                    for m in (averaged, model)]
         assert not storages[0] & storages[1]
     model.batchnorm.running_mean.add_(1)
     assert averaged.batchnorm.running_mean.abs().max() == 0
     update_average(averaged, model, 0.9)
-    assert torch.equal(averaged.batchnorm.running_mean, model.batchnorm.running_mean), "running statistics are copied, not averaged"
+    same = torch.equal(averaged.batchnorm.running_mean, model.batchnorm.running_mean)
+    assert same, "running statistics are copied, not averaged"
 
 
 def test_averaging_follows_the_model_through_the_warm_up_and_then_slows_down():
@@ -186,76 +222,133 @@ def test_averaging_follows_the_model_through_the_warm_up_and_then_slows_down():
     assert averaging_decay(100_000, 3, 0.995) == 0.995
 
 
-@pytest.mark.parametrize("epochs", [1, 2, 3, 10, 39, 40, 41, 200, 400, 2400])
-def test_schedule_is_torchs_one_cycle(epochs):
-    """DM-AT steps OneCycleLR once per epoch; its default also cycles the momentum."""
-    # With 40 epochs the rise ends at epoch 0 exactly, and torch divides by zero; a hair less is its limit.
-    pct_start = 0.025 if epochs != 40 else 0.025 - 1e-12
+def one_cycle(epoch, epochs, peak):
+    """Rate and momentum in an epoch (from 0) of a run, by hand: the rise ends at epoch 0.025 * epochs - 1."""
+    top, last = 0.025 * epochs - 1, epochs - 1
+    along = lambda start, end, share: end + (start - end) * (1 + math.cos(math.pi * share)) / 2
+    if top >= epoch:  # only where there are 40 epochs or more
+        share = epoch / top if top else 0
+        return along(peak / 25, peak, share), along(0.95, 0.85, share)
+    share = (epoch - top) / (last - top)
+    return along(peak, peak / 250_000, share), along(0.85, 0.95, share)
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 3, 10, 39, 40, 41, 80, 200, 400, 2400])
+def test_rate_and_momentum_follow_one_cycle(epochs):
+    """Also with 40 epochs, where torch's own class divides by zero for DM-AT's setting."""
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.2, momentum=0.9, nesterov=True)
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.2, pct_start=pct_start, total_steps=epochs)
-    ours, theirs = [one_cycle(epoch, epochs, 0.2) for epoch in range(epochs)], []
+    scheduler, seen = build_scheduler(step_arguments(), optimizer, epochs), []
     for epoch in range(epochs):
-        theirs.append([optimizer.param_groups[0]["lr"], optimizer.param_groups[0]["momentum"]])
+        seen.append([optimizer.param_groups[0]["lr"], optimizer.param_groups[0]["momentum"]])
         optimizer.step()
         if epoch < epochs - 1:
             scheduler.step()
-    torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), rtol=1e-9, atol=1e-12)
-    assert ours[-1] == pytest.approx((0.2 / 250_000, 0.95))
+    expected = [one_cycle(epoch, epochs, 0.2) for epoch in range(epochs)]
+    torch.testing.assert_close(torch.tensor(seen), torch.tensor(expected), rtol=1e-5, atol=1e-8)
+    assert seen[-1] == pytest.approx([0.2 / 250_000, 0.95])
 
 
-def test_a_run_sets_rate_and_momentum_by_epoch(monkeypatch, tmp_path):
-    """Six steps of four an epoch: the second epoch begins with the fifth. Lion has no momentum to set."""
-    seen = []
+@pytest.fixture
+def observed(monkeypatch, tmp_path):
+    """Run train_cifar.py on 20 drawn images with a training step that changes nothing. Returns a function of
+    flags: a dict per step of what it was given, and the run's log."""
+    images, labels = train_cifar.draw_smoke_images(20, seed=0)
+    np.savez(tmp_path / "train.npz", image=images, label=labels)
 
-    def step(model, averaged, projectors, teacher, optimizer, *rest):
-        seen.append((optimizer.param_groups[0]["lr"], optimizer.param_groups[0].get("momentum")))
+    def step(model, averaged, projectors, teacher, optimizer, batch, ema_decay, args):
+        group = optimizer.param_groups[0]
+        steps.append({"lr": group["lr"], "momentum": group.get("momentum"), "ema_decay": ema_decay,
+                      "batchnorm": model.batchnorm.momentum})
+        optimizer.step()  # or the scheduler would complain
         return dict.fromkeys(("loss", "train_clean", "train_robust"), torch.zeros(()))
     monkeypatch.setattr(train_cifar, "train_step", step)
-    monkeypatch.setattr(train_cifar, "evaluate", lambda *_, **__: (0.0, 0.0))  # it takes longer than the six steps
-    flags = ["--smoke", "--batch-size", "272", "--attack-steps", "0", "--dra-weight", "0", "--max-steps", "6"]
-    train_cifar.main([*flags, "--out", str(tmp_path / "sgd")])
-    assert seen == [one_cycle(step // 4, 2, 0.1) for step in range(6)] and len(set(seen)) == 2
-    seen.clear()
-    train_cifar.main([*flags, "--optimizer", "lion", "--lr", "1e-4", "--out", str(tmp_path / "lion")])
-    assert seen == [(one_cycle(step // 4, 2, 1e-4)[0], None) for step in range(6)]
+    monkeypatch.setattr(train_cifar, "evaluate", lambda *_: (0.0, 0.0))
+    steps = []
+
+    def run(*flags):
+        steps.clear()
+        out = tmp_path / f"out{len(list(tmp_path.iterdir()))}"
+        train_cifar.main(["--device", "cpu", "--arch", "wrn-10-1", "--dra-weight", "0", "--batch-size", "10",
+                          "--data-dir", str(tmp_path), "--out", str(out), *flags])
+        return list(steps), torch.load(out / "last.pt", weights_only=True)["log"]
+    return run
+
+
+def assert_cycle(steps, epochs, peak):
+    """Two steps an epoch had the rate and the momentum of their epoch."""
+    rates, momenta = zip(*[one_cycle(i // 2, epochs, peak) for i in range(len(steps))])
+    assert [step["lr"] for step in steps] == pytest.approx(rates, rel=1e-5)
+    assert [step["momentum"] for step in steps] == pytest.approx(momenta, rel=1e-5)
+
+
+@pytest.mark.parametrize("epochs", [1, 3, 40, 41])
+def test_a_run_sets_rate_and_momentum_by_epoch(observed, epochs, recwarn):
+    """The log says which rate was used, not which one comes next."""
+    steps, log = observed("--epochs", str(epochs), "--lr", "0.1")
+    assert_cycle(steps, epochs, 0.1)
+    assert len({step["lr"] for step in steps}) == epochs
+    assert [row["lr"] for row in log] == [step["lr"] for step in steps[1::2]]
+    assert [row["epoch"] for row in log] == list(range(1, epochs + 1))
+    assert not [warning for warning in recwarn if "scheduler" in str(warning.message)]
+
+
+@pytest.mark.parametrize("max_steps", [1, 2, 3, 5])
+def test_runs_of_a_few_steps_count_a_begun_epoch_as_one(observed, max_steps):
+    steps, log = observed("--max-steps", str(max_steps))
+    assert len(steps) == max_steps
+    assert_cycle(steps, math.ceil(max_steps / 2), 0.2)
+    assert [row["step"] for row in log] == [step for step in range(1, max_steps + 1)
+                                            if step % 2 == 0 or step == max_steps]
+
+
+def test_lions_rate_follows_the_cycle_and_its_betas_stay(observed):
+    """Lion has no momentum to set."""
+    steps, _ = observed("--max-steps", "6", "--optimizer", "lion", "--lr", "1e-4")
+    assert [step["lr"] for step in steps] == pytest.approx([one_cycle(i // 2, 3, 1e-4)[0] for i in range(6)])
+    assert {step["momentum"] for step in steps} == {None}
+
+
+def test_first_step_replaces_the_running_statistics_and_averaging_waits_for_the_warm_up(observed):
+    steps, _ = observed("--epochs", "60")
+    assert [step["batchnorm"] for step in steps] == [1.0] + 119 * [0.01]
+    assert [step["ema_decay"] for step in steps[:4]] == [0, 0, 1 / 10, 2 / 11], "2.5 % of 120 steps are 3"
 
 
 def test_wide_resnets_are_initialised_as_dmats():
-    """Convolutions N(0, 2 / (k^2 out_channels)), last bias 0; torch's default for a 3x3 layer of equal width is 2.4 times narrower."""
+    """Convolutions N(0, 2 / (k^2 out_channels)), last bias 0. torch's default for a 3x3 layer of equal width
+    is 2.4 times narrower."""
     model = build_model("wrn-10-4", 10)
     for module in model.modules():
         if isinstance(module, nn.Conv2d) and module.weight.numel() > 10_000:
             expected = math.sqrt(2 / (module.kernel_size[0] ** 2 * module.out_channels))
-            assert module.weight.std().item() == pytest.approx(expected, rel=0.03) and abs(module.weight.mean()) < 0.05 * expected
+            assert module.weight.std().item() == pytest.approx(expected, rel=0.03)
+            assert abs(module.weight.mean()) < 0.05 * expected
     assert model.logits.bias.eq(0).all() and model.logits.weight.std() > 0
 
 
-@pytest.mark.parametrize("flags, passes", [([], 12), (["--attack-steps", "3"], 5), (["--attack-steps", "0"], 2), (["--eps", "0"], 2)])
+@pytest.mark.parametrize("flags, passes", [([], 12), (["--attack-steps", "3"], 5),
+                                           (["--attack-steps", "0"], 2), (["--eps", "0"], 2)])
 def test_one_clean_forward_serves_attack_and_loss(model, images, flags, passes):
-    """1 clean, 10 in the attack, 1 adversarial. In the arithmetic of the README, where a backward pass to the image or to the weights costs
-    as much as a forward one, that is 2 x 10 + 2 x 3 = 26 passes."""
+    """1 clean, 10 in the attack, 1 adversarial. In the arithmetic of the README, where a backward pass to the
+    image or to the weights costs as much as a forward one, that is 2 x 10 + 2 x 3 = 26 passes."""
     count = []
     model.init_conv.register_forward_hook(lambda *_: count.append(1))
-    args = train_cifar.parse_args(["--device", "cpu", "--dra-weight", "0", *flags])
-    batch = SimpleNamespace(images=images, labels=torch.arange(8), start=start_near(images), teacher_noise=[])
-    train_step(model, copy.deepcopy(model).requires_grad_(False), nn.ModuleList(), None, build_optimizer(args, model), batch, 0.0, args)
+    take_step(model, images, step_arguments(*flags))
     assert len(count) == passes
 
 
 def test_the_attack_finds_the_same_with_logits_handed_to_it(model, images):
     with torch.no_grad():
         clean_logits = copy.deepcopy(model)(images)
-    start = start_near(images)
-    assert torch.equal(trades_attack(model, images, start, EPS, STEP_SIZE, 3), trades_attack(model, images, start, EPS, STEP_SIZE, 3, clean_logits))
+    settings = images, start_near(images), EPS, STEP_SIZE, 3
+    assert torch.equal(trades_attack(model, *settings), trades_attack(model, *settings, clean_logits))
 
 
 def test_without_attack_steps_and_beta_a_step_is_plain_training(model, images):
     """The "standard supervised" classifier of Fig. 3 and 4: x' = x, and cross-entropy alone."""
-    args = train_cifar.parse_args(["--device", "cpu", "--dra-weight", "0", "--attack-steps", "0", "--beta", "0"])
-    labels = torch.arange(8)
-    expected = nn.functional.cross_entropy(copy.deepcopy(model)(images), labels, label_smoothing=0.1)
-    batch = SimpleNamespace(images=images, labels=labels, start=start_near(images), teacher_noise=[])
-    numbers = train_step(model, copy.deepcopy(model).requires_grad_(False), nn.ModuleList(), None, build_optimizer(args, model), batch, 0.0, args)
+    logits = copy.deepcopy(model)(images)
+    expected = nn.functional.cross_entropy(logits, torch.arange(8), label_smoothing=0.1)
+    numbers = take_step(model, images, step_arguments("--attack-steps", "0", "--beta", "0"))
     torch.testing.assert_close(numbers["loss"], expected.detach())
     assert numbers["train_clean"] == numbers["train_robust"]
 
@@ -263,25 +356,26 @@ def test_without_attack_steps_and_beta_a_step_is_plain_training(model, images):
 def test_lion_has_no_weight_decay_on_vectors():
     """The same rule as in train_imagenet.py."""
     network = train_cifar.build_projector(8, 4)
-    decayed, undecayed = build_optimizer(train_cifar.parse_args(["--device", "cpu", "--optimizer", "lion"]), network).param_groups
+    decayed, undecayed = build_optimizer(step_arguments("--optimizer", "lion"), network).param_groups
     assert decayed["weight_decay"] == 0.5 and undecayed["weight_decay"] == 0
-    assert {p.ndim for p in decayed["params"]} == {2} and {p.ndim for p in undecayed["params"]} == {1} and len(undecayed["params"]) == 3
+    assert {p.ndim for p in decayed["params"]} == {2} and {p.ndim for p in undecayed["params"]} == {1}
+    assert len(undecayed["params"]) == 3
 
 
 def test_batch_norm_alone_has_no_weight_decay_under_sgd(model):
-    decayed, undecayed = build_optimizer(train_cifar.parse_args(["--device", "cpu"]), model).param_groups
+    decayed, undecayed = build_optimizer(step_arguments(), model).param_groups
     assert decayed["weight_decay"] == 5e-4 and undecayed["weight_decay"] == 0
     norms = {p for m in model.modules() if isinstance(m, nn.BatchNorm2d) for p in m.parameters()}
     assert set(undecayed["params"]) == norms and set(decayed["params"]) == set(model.parameters()) - norms
 
 
 def test_timms_lion_is_that_of_the_paper():
-    """Algorithm 2 of arXiv 2302.06675: the sign of a momentum interpolated with 0.9, kept with 0.99, decoupled decay."""
+    """Algorithm 2 of arXiv 2302.06675: the sign of a momentum, interpolated with 0.9 and kept with 0.99, and
+    decoupled decay."""
     random = torch.Generator().manual_seed(0)
     p = nn.Parameter(torch.randn(4, 3, generator=random))
-    (group, _) = (optimizer := build_optimizer(train_cifar.parse_args(["--device", "cpu", "--optimizer", "lion"]),
-                                               nn.ParameterList([p]))).param_groups
-    group["lr"], weights, momentum = 0.1, p.detach().clone(), torch.zeros(4, 3)
+    optimizer = build_optimizer(step_arguments("--optimizer", "lion", "--lr", "0.1"), nn.ParameterList([p]))
+    weights, momentum = p.detach().clone(), torch.zeros(4, 3)
     for _ in range(5):
         p.grad = torch.randn(4, 3, generator=random)
         optimizer.step()
@@ -290,13 +384,13 @@ def test_timms_lion_is_that_of_the_paper():
         torch.testing.assert_close(p.data, weights, rtol=1e-6, atol=1e-6)
 
 
-# ------------------------------------------------------------------------------------------------------ models and data
+# -------------------------------------------------------------------------------------------- models and data
 
 def test_models_take_unit_range_images_and_agree_with_their_parts(model, images):
     for network in (model.eval(), build_model("vit-b-2", 100, "cifar100").eval()):
         features = network.features(images[:2])
         assert features.dtype == torch.float32 and torch.equal(network.head(features), network(images[:2]))
-        assert not {"mean", "std"} & set(network.state_dict()), "the state dict has DM-AT's and RobustBench's keys, no more"
+        assert not {"mean", "std"} & set(network.state_dict()), "keys are DM-AT's and RobustBench's, no more"
         assert not any("module." in name or "model." in name for name in network.state_dict())
     assert features.shape == (2, 768) and network(images[:2]).shape == (2, 100)
 
@@ -308,7 +402,8 @@ def test_vit_b_2_is_torchvisions():
     nn.init.normal_(network.heads.head.weight)
     with torch.no_grad():
         normalised = (images - network.mean) / network.std
-        torch.testing.assert_close(network(images), super(train_cifar.Classifier, network).forward(normalised))
+        theirs = super(train_cifar.Classifier, network).forward(normalised)
+        torch.testing.assert_close(network(images), theirs)
     assert sum(p.numel() for p in network.parameters()) == 85_271_818
 
 
@@ -321,6 +416,29 @@ def test_bfloat16_stays_inside_the_backbone(model, images):
     torch.testing.assert_close(rough, exact, rtol=0.05, atol=0.05)
 
 
+@pytest.mark.parametrize("flags, expected", [(["--amp"], torch.bfloat16), ([], torch.float32)])
+def test_with_amp_a_cpu_computes_backbone_and_teacher_in_bfloat16_and_the_rest_in_float32(flags, expected):
+    """By default a CPU computes in float32. Attack steps included, each forward is looked at."""
+    args = train_cifar.parse_args(["--smoke", "--batch-size", "8", "--attack-steps", "1", "--extra-sigma",
+                                   *flags])
+    data, teacher = train_cifar.Data(args, torch.device("cpu")), train_cifar.load_teacher(args)
+    run, dtypes = train_cifar.build_run(args, data, teacher), {}
+
+    def note(name, output):
+        dtypes.setdefault(name, set()).add(output.dtype)
+    for name, layer in {"convolution": run.model.layer[2].block[0].conv_1, "logits": run.model.logits,
+                        "projector": run.projectors[1][4], "teacher": teacher.model.enc["32x32_conv"],
+                        "target": teacher}.items():
+        layer.register_forward_hook(lambda module, inputs, output, name=name: note(name, output))
+    run.model.logits.register_forward_hook(lambda module, inputs, output: note("features", inputs[0]))
+    numbers = train_step(run.model, run.averaged, run.projectors, teacher, run.optimizer, data.batch(0), 0.5,
+                         args)
+    assert dtypes["convolution"] == dtypes["teacher"] == {expected}
+    full = {torch.float32}
+    assert dtypes["features"] == dtypes["logits"] == dtypes["projector"] == dtypes["target"] == full
+    assert {value.dtype for value in numbers.values()} == {p.dtype for p in run.model.parameters()} == full
+
+
 @pytest.mark.parametrize("arch", ["wrn-28", "wrn-29-10", "wrn-4-1", "resnet18", "wrn-10-0", ""])
 def test_unknown_arch_is_named(arch):
     with pytest.raises(train_cifar.InputError, match="--arch"):
@@ -328,10 +446,13 @@ def test_unknown_arch_is_named(arch):
 
 
 def test_crop_and_flip_move_pixels_and_invent_none():
-    images = torch.arange(2 * 3 * 32 * 32, dtype=torch.float32).reshape(2, 3, 32, 32) + 1
-    centre = torch.full((2, 2), 4)
-    assert torch.equal(crop_and_flip(images, centre, torch.tensor([False, False])), images)
-    assert torch.equal(crop_and_flip(images, centre, torch.tensor([False, True]))[1], images[1].flip(-1))
-    moved = crop_and_flip(images, torch.tensor([[0, 8], [4, 4]]), torch.tensor([False, False]))  # up and down by four rows
-    assert torch.equal(moved[0, :, 4:], images[0, :, :-4]) and moved[0, :, :4].eq(0).all()
-    assert torch.equal(moved[1, :, :-4], images[1, :, 4:]) and moved[1, :, -4:].eq(0).all()
+    images = np.random.default_rng(0).integers(1, 256, (2, 32, 32, 3), np.uint8)
+    centre, never = torch.full((2, 2), 4), torch.tensor([False, False])
+    assert np.array_equal(crop_and_flip(images, centre, never), images)
+    flipped = crop_and_flip(images, centre, torch.tensor([False, True]))
+    assert np.array_equal(flipped[0], images[0]) and np.array_equal(flipped[1], images[1, :, ::-1])
+    moved = crop_and_flip(images, torch.tensor([[0, 8], [6, 4]]), never)
+    assert np.array_equal(moved[0, 4:, :-4], images[0, :-4, 4:]), "row 0: down by 4; column 8: left by 4"
+    assert not moved[0, :4].any() and not moved[0, :, -4:].any(), "the border is black"
+    assert np.array_equal(moved[1, :-2], images[1, 2:]) and not moved[1, -2:].any()
+    assert moved.dtype == np.uint8 and moved.shape == images.shape
