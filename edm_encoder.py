@@ -121,8 +121,8 @@ class SongUNet(nn.Module):
     is named "enc.<block>" or "dec.<block>". The decoder mirrors the encoder, from 8 x 8 back to 32 x 32. Its
     blocks "<resolution>_block<i>" also get, along the channels, an output of the encoder at that resolution
     (a skip connection), the last one first. There is one such block more than in the encoder, since "_conv"
-    and "_down" have skip connections as well. Raises InputError for sizes that nobody means, say from a
-    damaged file: a billion blocks would take a while to build.
+    and "_down" have skip connections as well. Raises InputError for more than 8 resolutions or 32 blocks in
+    each: a damaged file may state a billion, which would take a while to build.
     """
 
     def __init__(self, img_resolution, in_channels=3, out_channels=3, label_dim=0, model_channels=128,
@@ -143,28 +143,28 @@ class SongUNet(nn.Module):
         levels = [(img_resolution >> level, model_channels * mult) for level, mult in enumerate(channel_mult)]
         channels = model_channels
         for resolution, width in levels:  # from 32 x 32 down to 8 x 8
-            name = f"{resolution}x{resolution}"
+            at = f"{resolution}x{resolution}"
             if resolution == img_resolution:
-                self.enc[f"{name}_conv"] = convolution(in_channels, channels, 3)
+                self.enc[f"{at}_conv"] = convolution(in_channels, channels, 3)
             else:
-                self.enc[f"{name}_down"] = make(channels, channels, down=True)
+                self.enc[f"{at}_down"] = make(channels, channels, down=True)
             for i in range(num_blocks):
                 attention = resolution in attn_resolutions
-                self.enc[f"{name}_block{i}"] = make(channels, width, attention=attention)
+                self.enc[f"{at}_block{i}"] = make(channels, width, attention=attention)
                 channels = width
-        skips = [block.out_channels for block in self.enc.values()]
-        self.dec[f"{name}_in0"] = make(channels, channels, attention=True)  # the bottleneck
-        self.dec[f"{name}_in1"] = make(channels, channels)
+        skip_channels = [block.out_channels for block in self.enc.values()]
+        self.dec[f"{at}_in0"] = make(channels, channels, attention=True)  # the bottleneck
+        self.dec[f"{at}_in1"] = make(channels, channels)
         for resolution, width in reversed(levels):  # and up again
-            name = f"{resolution}x{resolution}"
+            at = f"{resolution}x{resolution}"
             if resolution != levels[-1][0]:
-                self.dec[f"{name}_up"] = make(channels, channels, up=True)
+                self.dec[f"{at}_up"] = make(channels, channels, up=True)
             for i in range(num_blocks + 1):
                 attention = i == num_blocks and resolution in attn_resolutions
-                self.dec[f"{name}_block{i}"] = make(channels + skips.pop(), width, attention=attention)
+                self.dec[f"{at}_block{i}"] = make(channels + skip_channels.pop(), width, attention=attention)
                 channels = width
-        self.dec[f"{name}_aux_norm"] = group_norm(channels)
-        self.dec[f"{name}_aux_conv"] = convolution(channels, out_channels, 3)
+        self.dec[f"{at}_aux_norm"] = group_norm(channels)
+        self.dec[f"{at}_aux_conv"] = convolution(channels, out_channels, 3)
 
     def stop_after(self, layer):
         """Remove the blocks that follow `layer`, so that `forward` returns this block's output. Returns its
@@ -415,8 +415,8 @@ def read_edm(path):
     for name, value in _DDPMPP.items():
         found = arguments.pop(name, value)
         if found != value:
-            raise InputError(f"{path}: is NCSN++ or another network, with {name} {_one_line(found)}; the one "
-                             f"that is read is DDPM++ (NVIDIA's -vp.pkl files), with {value}")
+            raise InputError(f"{path}: is NCSN++ or another architecture ({name} {_one_line(found)}); only "
+                             f"DDPM++ is read, as in NVIDIA's -vp.pkl files ({name} {value})")
     return {name: value for name, value in arguments.items() if name not in _TRAINING}, tensors
 
 
@@ -429,7 +429,7 @@ def load_edm(path_or_url, build):
     """
     path = local_file(path_or_url)
     arguments, tensors = read_edm(path)
-    weights = {}
+    parameters = {}
     try:
         with torch.device("meta"):  # names and shapes only: nothing is allocated before they are known to fit
             module = build(**arguments)
@@ -439,10 +439,10 @@ def load_edm(path_or_url, build):
             if tensors[name].shape != expected.shape:
                 raise InputError(f"{name} is {list(tensors[name].shape)}, "
                                  f"expected {list(expected.shape)} from its arguments")
-            weights[name] = tensors[name].float().clone()
+            parameters[name] = tensors[name].float().clone()
     except Exception as error:  # arguments in a damaged file can be anything
         raise InputError(f"{path}: {_one_line(error)}") from None
-    module.model.load_state_dict(weights, assign=True)
+    module.model.load_state_dict(parameters, assign=True)
     return module.requires_grad_(False)
 
 

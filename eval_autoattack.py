@@ -566,8 +566,8 @@ def main(argv=None):
     # attacked again: so whoever corrects a network chooses another --out.
     settings = {name: last_part(value) for name, value in vars(args).items() if name != "out"}
     settings |= {"arch": info.arch, "dataset": info.dataset, "script": info.script.name, "step": info.step,
-                 "n": len(labels), "norm": "Linf", "eps": eps, "torch": torch.__version__,
-                 "pyautoattack": pyautoattack.__version__}
+                 "n": len(labels), "norm": "Linf", "eps": eps, "attacks": args.attacks,
+                 "torch": torch.__version__, "pyautoattack": pyautoattack.__version__}
     remarks = reservations(args, info, settings)
     folder = Path(args.out or f"{args.checkpoint}.autoattack")
     if rank == 0:

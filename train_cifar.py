@@ -517,7 +517,8 @@ def start_processes(args):
         torch.backends.cudnn.benchmark = True
         torch.backends.cudnn.allow_tf32 = args.amp  # torch allows TF32 in convolutions; --no-amp does not
     if world > 1:  # two hours: as long as one may download while the others wait
-        dist.init_process_group(timeout=timedelta(hours=2))
+        backend = "cpu:gloo,cuda:nccl" if args.device == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(hours=2))
     return device, rank, max(1, world), local
 
 

@@ -98,6 +98,7 @@ number = flag_type("a number of at least 0", float, lambda x: x >= 0)
 positive = flag_type("a number above 0", float, lambda x: x > 0)
 fraction = flag_type("a number of at least 0 and below 1", float, lambda x: 0 <= x < 1)
 whole = flag_type("a whole number of at least 0", int, lambda x: x.denominator == 1 and 0 <= x < 2**63)
+time_of_noise = flag_type("a number above 0, at most 1", float, lambda x: 0 < x <= 1)
 count = flag_type("a whole number above 0", int, lambda x: x.denominator == 1 and 0 < x < 2**63)
 
 
@@ -113,8 +114,7 @@ def parse_args(argv=None):
     add("--synthetic-fraction", type=fraction, default=0.7, help="of a batch (chosen: DM-AT's)")
     add("--image-size", type=count, default=224, help="pixels (stated: RobustBench's standard)")
     add("--workers", type=whole, default=min(16, os.cpu_count() or 1), help="image readers for each process")
-    # Model and optimisation. Lion moves every weight by the learning rate, however small its gradient. Hence
-    # a rate far below SGD's, and a decay far above.
+    # Model. Lion moves every weight by the rate, however small its gradient: a rate far below SGD's will do.
     add("--arch", default="vit_base_patch16_dinov3.lvd1689m", help="a timm model without BatchNorm (stated)")
     add("--no-pretrained", action="store_true", help="start from random weights")
     add("--epochs", type=count, default=100, help="of ceil(real images / batch size) steps (stated)")
@@ -130,11 +130,10 @@ def parse_args(argv=None):
     add("--eps", type=fraction, default="4/255", help="largest change of a pixel in [0,1] (as --image-size)")
     add("--step-size", type=positive, default="2/255", help="of the attack (chosen)")
     add("--attack-steps", type=whole, default=3, help="PGD steps (stated); 0: no attack, x' = x")
-    # Diffusion representation alignment. Middle layers of a diffusion transformer, at a time close to the
-    # clean image, say most about what it shows: early layers are close to the pixels, late ones draw them.
+    # Alignment. Middle layers say most about what an image shows: early ones see pixels, late ones draw them.
     add("--dra-weight", type=number, default=1.0, help="lambda, eq. (4) (chosen); 0: no alignment")
     add("--teacher", nargs=3, metavar=("DIT", "VAE", "STATS"), help="LightningDiT-XL/1 and VA-VAE (stated)")
-    add("--teacher-t", type=fraction, default=0.9, help="1 is the clean image, 0 pure noise (chosen)")
+    add("--teacher-t", type=time_of_noise, default=0.9, help="1 is the clean image, 0 pure noise (chosen)")
     add("--teacher-layer", type=whole, default=14, help="block whose input is the target (stated)")
     add("--teacher-unconditional", action="store_true", help="do not tell the teacher the label")
     add("--cache-targets", metavar="DIR", help="compute targets only once (default: in each step)")
@@ -158,8 +157,7 @@ def parse_args(argv=None):
     if args.dra_weight == 0:
         args.teacher = args.cache_targets = None
     elif args.teacher is None and not args.smoke:
-        parser.error("--teacher: expected the files of LightningDiT, VA-VAE and the latents' statistics (see "
-                     "README.md), or --dra-weight 0 for adversarial training without alignment")
+        parser.error("--teacher: expected three files (see README.md), or --dra-weight 0 for no alignment")
     args.amp = args.device == "cuda" if args.amp is None else args.amp
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: there is no CUDA device here")
@@ -436,7 +434,8 @@ def start_processes(args):
         torch.backends.cudnn.benchmark = True
         torch.backends.cudnn.allow_tf32 = args.amp  # torch allows TF32 in convolutions; --no-amp does not
     if world > 1:  # two hours: as long as one may download while the others wait
-        dist.init_process_group(timeout=timedelta(hours=2))
+        backend = "cpu:gloo,cuda:nccl" if args.device == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(hours=2))
     return device, rank, max(1, world), local
 
 

@@ -63,8 +63,9 @@ PROBE_DECAY = 1e-3  # weight of the linear probe's squared weights, on standardi
 ALWAYS = ["--arch", "--dra-weight", "--extra-sigma", "--teacher-unconditional"]
 REFUSED = {"finetune-encoder": ALWAYS, "noisy-classifier": [
     *ALWAYS, "--beta", "--eps", "--step-size", "--attack-steps", "--eval-every", "--save-minutes"]}
-# Other defaults for --smoke, where the encoder is larger than train_cifar.py's tiny network.
-SMOKE = {"finetune-encoder": ["--attack-steps", "4", "--eval-every", "2"], "noisy-classifier": []}
+# Other defaults for --smoke: the encoder is larger than the network that train_cifar.py's are made for.
+SMOKE = {"finetune-encoder": ["--lr", "0.02", "--epochs", "3", "--attack-steps", "2"],
+         "noisy-classifier": ["--lr", "0.02"]}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -170,9 +171,8 @@ def compare(args, data, classifier, teacher):
     on the same noisy test images. The probe is fitted to the real training images, and the diffusion model is
     frozen, so its network has never learned to classify."""
     (images, labels), (test_images, test_labels) = data.parts[0], load_real(args, "test")
-    classes = DATASETS[args.dataset].classes
-    probe = linear_probe(noisy_features(teacher, images, args), torch.from_numpy(labels).to(data.device),
-                         classes)
+    classes, labels = DATASETS[args.dataset].classes, torch.from_numpy(labels).to(data.device)
+    probe = linear_probe(noisy_features(teacher, images, args), labels, classes)
     print(f"accuracy on {len(test_labels)} test images with noise of sigma {args.teacher_sigma:g}:")
     for name, encoder, head in (("noisy classifier", classifier.encoder, classifier.head),
                                 ("linear probe on the diffusion model", teacher, probe)):
@@ -185,7 +185,7 @@ def compare(args, data, classifier, teacher):
 
 
 def finetune_encoder(flags, teacher):
-    """Train the encoder and a linear layer adversarially, from the teacher's weights: train_cifar.py's run."""
+    """train_cifar.py's run with the encoder and a linear layer, from the teacher's weights, unaligned."""
     def build(arch, num_classes, dataset):
         model = build_model(arch, num_classes, dataset)
         model.encoder.load_state_dict(teacher.state_dict())
@@ -199,6 +199,7 @@ def train_noisy_classifier(args, data, run, out, total_steps):
     about = {"args": vars(args), "recipe": recipe(args, data), "arch": args.arch, "dataset": args.dataset,
              "num_classes": DATASETS[args.dataset].classes}
     resume(out, about, run)
+    save(out, about, run)
     compile_parts(args, run.model)
     first_step, started = run.step, time.time()
     for step in range(first_step, total_steps):

@@ -23,8 +23,8 @@ Let h(x) [T, D] be the hidden state for a noised image x, with T tokens and D ch
 
 chosen (the paper does not say): the root mean square as the norm; ten; t = 0.9, as in training; no label, so
 that any folder of images will do; 256 images, drawn with --seed from all below --data-dir; shorter side
-resized to the network's size, then a centre crop; noise drawn for each image by itself; float32. Intervals: 95 %
-bootstrap over images, 1,000 draws.
+resized to the network's size, then a centre crop; noise drawn for each image by itself; float32. Intervals
+are 95 % bootstrap intervals over images, from 1,000 draws.
 
 Each pair of a block and a time is a setting. Its ten largest channels are rows of OUT/large_channels.csv, and
 OUT/large_channels.png shows all settings. The same command again continues: what is in the CSV stays.
@@ -56,11 +56,13 @@ BATCH = 16  # images computed together; the result does not depend on it
 
 def parse_args(argv=None):
     """Command line -> Namespace. A flag that cannot be used ends the program with exit code 2 (argparse)."""
-    parser = argparse.ArgumentParser(usage="%(prog)s DIT VAE STATS [flags] (--help lists them)", allow_abbrev=False,
-                                     description=__doc__.split("\n\n")[0],
+    parser = argparse.ArgumentParser(usage="%(prog)s DIT VAE STATS [flags] (--help lists them)",
+                                     allow_abbrev=False, description=__doc__.split("\n\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
-    add("teacher", nargs=3, metavar=("DIT", "VAE", "STATS"), help="the files, as in train_imagenet.py")
+    add("dit", help="LightningDiT's .pt")
+    add("vae", help="VA-VAE's .pt")
+    add("stats", help="latents_stats.pt")
     add("--data-dir", required=True, metavar="DIR", help="images anywhere in this folder")
     add("--teacher-layer", type=whole, nargs="+", default=[14], help="blocks to look at (14: stated)")
     add("--teacher-t", type=number, nargs="+", default=[0.9], help="times (1: clean image, 0: pure noise)")
@@ -191,9 +193,8 @@ def main(argv=None):
     """The command line."""
     args = parse_args(argv)
     path = Path(args.out) / "large_channels.csv"
-    dit, vae, stats, data_dir = map(last_part, [*args.teacher, args.data_dir])
-    settings = {"dit": dit, "vae": vae, "stats": stats, "data_dir": data_dir, "n": str(args.n),
-                "norm": "rms over tokens", "labels": "none"}
+    settings = {name: last_part(getattr(args, name)) for name in ("dit", "vae", "stats", "data_dir", "n")}
+    settings |= {"norm": "rms over tokens", "labels": "none"}
     path.parent.mkdir(parents=True, exist_ok=True)
     with lock(path.parent):
         rows = read_rows(path, settings)
@@ -203,7 +204,8 @@ def main(argv=None):
             if any(row.items() >= setting.items() for row in rows):
                 continue
             # No channel is silenced, and the sizes of the networks are taken from the files.
-            encoder = load_dit_encoder(*args.teacher, layer, (), None, None).to(args.device)
+            encoder = load_dit_encoder(args.dit, args.vae, args.stats, layer, (), None, None)
+            encoder.to(args.device)
             found = compare_channels(measure(encoder, paths, t, args.seed, args.device))
             rows += [settings | setting | row for row in found]
             write_rows(path, rows)

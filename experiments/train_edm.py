@@ -341,16 +341,18 @@ def print_plan(args, model, n_images, world):
 
 def save(path, recipe, run):
     """Write edm.pt, tensors and plain data. The first two entries are the diffusion model, averaged weights
-    under NVIDIA's names, and all that a reader needs. The others continue the run."""
+    under NVIDIA's names, and all that a reader needs. The others continue the run. recipe: what has to be
+    the same then, flags as given and the number of images."""
     content = {"edm_arguments": run.network, "model_state_dict": run.averaged.model.state_dict(),
                "unaveraged_model_state_dict": run.model.model.state_dict(),
-               "optimizer": run.optimizer.state_dict(), "recipe": recipe,
+               "optimizer": run.optimizer.state_dict(), "args": recipe,
                "step": run.step, "log": run.log, "recent": run.recent}
     write_atomically(path, lambda file: torch.save(content, file))
 
 
 def compare(path, there, here):
-    """Raise InputError that names the first setting in which the one who wrote `path` differs from us."""
+    """Raise InputError where the settings of the run at `path`, there, are not ours, here. It names the first
+    that differs."""
     for name, value in here.items():
         if there.get(name) != value:
             raise InputError(f"{path}: is of a run with {name} {there.get(name)}, not {value}; change --out")
@@ -368,7 +370,7 @@ def resume(path, recipe, run):
         return
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        there = dict(saved["recipe"])
+        there = dict(saved["args"])
     except Exception as error:
         raise InputError(f"{path}: damaged, or no edm.pt of this script ({type(error).__name__})") from None
     compare(path, there, recipe)
@@ -379,8 +381,9 @@ def resume(path, recipe, run):
 
 
 def save_picture(denoiser, path, seed, device):
-    """A picture of samples, a row per class, a column from the same noise; without labels just samples. The
-    noise is the same in every picture, so that one can watch an image take shape."""
+    """A picture of samples: a row per class, the same noise down a column. A model without labels has no
+    classes, so each sample has noise of its own. The noise is the same in every picture of a run, so that one
+    can watch an image take shape."""
     rows = min(10, denoiser.label_dim) or GRID
     n_latents = GRID if denoiser.label_dim else GRID * rows
     latents = torch.randn(n_latents, 3, 32, 32, generator=generator(seed, 0, "grid")).to(device)

@@ -33,13 +33,13 @@ from edm_encoder import EDMEncoder
 WARMUP = 5  # steps before the clock starts: compilation, and cuDNN's choice of algorithms
 
 
-def random_edm(args, device):
+def random_edm(args):
     """An encoder of the size of NVIDIA's CIFAR model, with random weights."""
     torch.manual_seed(0)
     size = {"model_channels": 128, "channel_mult": [2, 2, 2], "num_blocks": 4}
     classes = {"cifar10": 10, "cifar100": 100}[args.dataset]
     teacher = EDMEncoder(args.teacher_layer, img_resolution=32, label_dim=classes, **size)
-    return teacher.to(device, memory_format=torch.channels_last)
+    return teacher.to(memory_format=torch.channels_last)
 
 
 def random_dit(args, data):
@@ -55,32 +55,36 @@ def random_dit(args, data):
 
 def prepare(script, flags):
     """What a step of that script needs -> (args, data, teacher, run, batches: count -> iterator over new ones)."""
-    if script.__name__ == "train_cifar":
-        args = script.parse_args(flags)
-        device = torch.device(args.device)
+    imagenet = script.__name__ == "train_imagenet"
+    made_up = imagenet and not {"--teacher", "--smoke"} & set(flags)
+    args = script.parse_args([*flags, *(["--teacher", "random", "random", "random"] if made_up else [])])
+    device, *_ = script.start_processes(args)
+    if imagenet:
+        if not Path(args.data).exists():
+            args.data = os.path.join(tempfile.gettempdir(), f"benchmark-images-{os.getuid()}")
+            args.synthetic = args.synthetic and os.path.join(args.data, "synthetic")
+            if not Path(args.data, "synthetic", "class9", "019.jpg").exists():  # the last one to be drawn
+                script.draw_smoke_folders(Path(args.data), 0)
+        data = script.Data(args, device)
+        load = random_dit if made_up else script.load_teacher
+        teacher = load(args, data) if args.dra_weight else None
+        if teacher and args.cache_targets:
+            script.cache_targets(args, data, teacher)
+        elif teacher:
+            data.latent_shape = teacher.latent_shape
+    else:
         if not args.smoke and not Path(args.data_dir).exists():
             pixels, labels = [np.concatenate([array] * 25) for array in script.draw_smoke_images(2000, seed=0)]
             script.load_real = lambda *_: (pixels, labels)
         data = script.Data(args, device)
         made_up = args.teacher == script.DATASETS[args.dataset].teacher  # the default, a download
-        teacher = random_edm(args, device) if made_up else script.load_teacher(args, device)
-        run = script.build_run(args, device, teacher)
-        return args, data, teacher, run, lambda count: (data.batch(step) for step in range(count))
-    made_up = not {"--teacher", "--smoke"} & set(flags)
-    args = script.parse_args([*flags, *(["--teacher", "random", "random", "random"] if made_up else [])])
-    args.arch, args.no_pretrained = args.arch or "test_vit", True
-    if args.data is None or not Path(args.data).exists():
-        args.data = os.path.join(tempfile.gettempdir(), f"benchmark-images-{os.getuid()}")
-        if not Path(args.data, "synthetic", "class9", "019.jpg").exists():  # the last one to be drawn
-            script.draw_smoke_folders(Path(args.data), 0, 120)
-    data = script.Data(args, torch.device(args.device))
-    teacher = random_dit(args, data) if made_up and args.dra_weight else script.load_teacher(args, data)
-    run = script.build_run(args, data, teacher)
-    if args.cached:
-        script.cache_targets(args, data, teacher)
-    shape = teacher.latent_shape if teacher and not args.cached else None
-    return args, data, teacher, run, lambda count: (
-        data.batch(step, loaded, shape) for step, loaded in enumerate(data.load(0, count)))
+        load = random_edm if made_up else script.load_teacher
+        teacher = load(args).to(device) if args.dra_weight else None
+
+    def batches(count):
+        data.coming = None if imagenet else {}  # forget what was read ahead: from the first step again
+        return (data.batch(step) for step in range(count))
+    return args, data, teacher, script.build_run(args, data, teacher), batches
 
 
 def ask_teacher(script, teacher, part, args):
@@ -96,10 +100,7 @@ def ask_teacher(script, teacher, part, args):
 def measure(script, flags, steps, peak_tflops=None):
     """A dict of what was measured."""
     args, data, teacher, run, batches = prepare(script, flags)
-    model, averaged, projectors, optimizer = run
-    cuda = args.device == "cuda"
-    if cuda:
-        torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32 = True, args.amp
+    model, cuda = run.model, args.device == "cuda"
 
     def seconds(function):
         inputs = batches(WARMUP + steps)
@@ -112,7 +113,7 @@ def measure(script, flags, steps, peak_tflops=None):
         return (time.perf_counter() - started) / steps
 
     def step(batch):
-        script.train_step(model, averaged, projectors, teacher, optimizer, batch, 0.5, args)
+        script.train_step(model, run.averaged, run.projectors, teacher, run.optimizer, batch, 0.5, args)
 
     def attack(_):
         for part, logits in zip(parts, clean_logits):

@@ -41,16 +41,18 @@ def compare(args, rounds):
     """Median seconds of a step: {"ours": ..., "textbook": ..., on a GPU also "textbook, TF32": ...}. args: from train_cifar.parse_args."""
     device, cuda = torch.device(args.device), args.device == "cuda"
     torch.backends.cudnn.benchmark = True
-    data, run = train_cifar.Data(args, device), train_cifar.build_run(args, device, None)
+    data = train_cifar.Data(args, device)
+    run = train_cifar.build_run(args, data)
     model = train_cifar.build_model(args.arch, 10).to(device)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4)
-    steps = {"ours": lambda batch: train_cifar.train_step(*run[:3], None, run[3], batch, 0.9, args)}
+    steps = {"ours": lambda batch: train_cifar.train_step(run.model, run.averaged, run.projectors, None,
+                                                          run.optimizer, batch, 0.9, args)}
     for name in ("textbook", "textbook, TF32")[:1 + cuda]:
         steps[name] = lambda batch: textbook_step(model, optimizer, batch.images, batch.labels)
     times = {name: [] for name in steps}
     for number in range(rounds + 2):  # the first two warm up, in the second ours is compiled, as in a run
         if number == 1:
-            train_cifar.compile_parts(args, run[0], None)
+            train_cifar.compile_parts(args, run.model)
         batch = data.batch(number)
         for name, step in steps.items():
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = name != "textbook"

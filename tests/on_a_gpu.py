@@ -22,6 +22,7 @@ import copy
 import functools
 import gc
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -40,14 +41,15 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import benchmark
 import compare_textbook_step
+import kill_twenty_times
 import train_cifar
 import train_imagenet
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 OUT = SimpleNamespace(report=None, job=None)  # where rows go, and whose they are
-TINY = {train_cifar: "--smoke --arch wrn-10-1 --batch-size 8 --attack-steps 1 --max-steps 3 --save-every 5/136",
-        train_imagenet: "--smoke --arch test_vit --image-size 32 --batch-size 8 --attack-steps 1 --workers 0"}
+TINY = {train_cifar: "--smoke --batch-size 8 --attack-steps 1 --max-steps 3",
+        train_imagenet: "--smoke --image-size 32 --batch-size 8 --attack-steps 1 --workers 0"}
 
 
 def row(what, measured, expected="", good=None):
@@ -82,14 +84,14 @@ def step(script, args, run, teacher, batch, attack=True, lr=0.0):
 
     Below the attack (attack=False: x' is where the attack would start): signs would amplify rounding.
     """
-    model, averaged, projectors, optimizer = run
-    args.amp = teacher.amp = model.amp
-    for group in optimizer.param_groups:
+    args.amp = teacher.amp = run.model.amp
+    for group in run.optimizer.param_groups:
         group["lr"] = lr
     attacked = script.trades_attack if attack else lambda model, images, start, *settings: start
     with mock.patch.object(script, "trades_attack", attacked):
-        numbers = script.train_step(model, averaged, projectors, teacher, optimizer, batch, 0.5, args)
-    gradients = [p.grad for module in (model, projectors) for p in module.parameters() if p.grad is not None]
+        numbers = script.train_step(run.model, run.averaged, run.projectors, teacher, run.optimizer, batch, 0.5, args)
+    weights = [*run.model.parameters(), *run.projectors.parameters()]
+    gradients = [weight.grad for weight in weights if weight.grad is not None]
     return numbers, torch.cat([gradient.flatten() for gradient in gradients])
 
 
@@ -116,9 +118,9 @@ def agreement(script, flags):
     cosine = lambda a, b: F.cosine_similarity(a.flatten().double().cpu(), b.flatten().double().cpu(), dim=0).item()
 
     def variant(device, amp):
-        model, averaged, projectors = [copy.deepcopy(module).to(device) for module in run[:3]]
-        model.amp = args.amp = teacher.to(device).amp = amp
-        return model, averaged, projectors, script.build_optimizer(args, model, projectors)
+        made = {name: copy.deepcopy(getattr(run, name)).to(device) for name in ("model", "averaged", "projectors")}
+        made["model"].amp = args.amp = teacher.to(device).amp = amp
+        return SimpleNamespace(**made, optimizer=script.build_optimizer(args, made["model"], made["projectors"]))
 
     few = [take_step(variant(device, False), teacher, take(batch, 8, device), attack=False) for device in ("cpu", DEVICE)]
     (cpu, cpu_gradient), (gpu, gradient) = few
@@ -132,7 +134,8 @@ def agreement(script, flags):
         if name == "fast":  # also without a GPU, through a backend that needs no C++ compiler
             eager = torch.compile if CUDA else functools.partial(torch.compile, backend="aot_eager")
             with mock.patch.object(torch, "compile", eager):
-                script.compile_parts(argparse.Namespace(**vars(args) | {"device": "cuda"}), runs[name][0], teacher)
+                settings = argparse.Namespace(**vars(args) | {"device": "cuda"})
+                script.compile_parts(settings, runs[name].model, teacher)
         target = benchmark.ask_teacher(script, teacher, batch, args)[0]
         below = take_step(runs[name], teacher, batch, attack=False)[1]
         found[name] = SimpleNamespace(target=target, gradient=below, loss=take_step(runs[name], teacher, batch)[0]["loss"].item())
@@ -152,9 +155,10 @@ def agreement(script, flags):
     row("... graphs compiled in the first steps and later, graph breaks", f"{first}, {later}, {breaks}",
         "some, 0, 0", first > 0 and later == breaks == 0)
 
-    runs["plain"][0].load_state_dict(runs["fast"][0].state_dict())
+    runs["plain"].model.load_state_dict(runs["fast"].model.state_dict())
     right = {}
-    for name, (model, *_) in runs.items():  # a little trained by now
+    for name in runs:  # a little trained by now
+        model = runs[name].model
         adv = script.trades_attack(model, batch.images, batch.start, args.eps, args.step_size, args.attack_steps)
         right[name] = (model(adv).argmax(1) == batch.labels).float().mean().item()
     noise = 2 * (0.25 / len(batch.labels)) ** 0.5
@@ -216,10 +220,11 @@ def waiting(script, flags):
 
 def selection(script, flags):
     args, data, _, run, _ = benchmark.prepare(script, flags)
-    script.compile_parts(args, run[1], None)
-    select = lambda: script.evaluate(run[1], data.holdout, script.margin_loss, script.SELECTION_STEPS if CUDA else 1, args)
-    select()
-    once, epoch = seconds(select), measure(script, flags)[0]["seconds"]["step"] * data.steps_per_epoch
+    script.compile_parts(args, run.averaged)
+    with mock.patch.object(script, "SELECTION_STEPS", script.SELECTION_STEPS if CUDA else 1):
+        script.evaluate(run.averaged, data, args)
+        once = seconds(lambda: script.evaluate(run.averaged, data, args))
+    epoch = measure(script, flags)[0]["seconds"]["step"] * data.steps_per_epoch
     row("seconds of a selection, of an epoch's steps; share of both", f"{once:.3g}, {epoch:.4g}; {once / (once + epoch):.1%}")
 
 
@@ -231,18 +236,17 @@ def weights(path):
 
 
 def killed(script, flags):
-    """Two undisturbed runs tell by how much runs differ anyway: on a GPU, sums are not always taken in the same order."""
+    """Two undisturbed runs tell by how much runs differ anyway: on a GPU, sums are not always taken in the
+    same order. The third was killed while a checkpoint was being written."""
     folder, runs = Path(tempfile.mkdtemp()), {}
-    command = lambda name: [sys.executable, "train_cifar.py", *flags, "--device", DEVICE, "--max-steps", "20", "--out", folder / name]
-    for name in ("whole", "again", "killed"):
-        runs[name] = subprocess.Popen(command(name), cwd=ROOT)
-    while not (folder / "killed" / "last.pt").exists() and runs["killed"].poll() is None:
-        time.sleep(0.001)
-    runs["killed"].kill()
-    assert [process.wait() for process in runs.values()] == [0, 0, -signal.SIGKILL], "a run failed, or was over too soon"
-    at = torch.load(folder / "killed" / "last.pt", weights_only=True, map_location="cpu")["step"]
-    subprocess.run(command("killed"), cwd=ROOT, check=True)
-    whole, again, continued = [weights(folder / name / "last.pt") for name in runs]
+    command = lambda name: [*flags, "--device", DEVICE, "--max-steps", "20", "--out", str(folder / name)]
+    for name in ("whole", "again"):
+        runs[name] = kill_twenty_times.start("train_cifar.py", command(name))
+    assert [process.wait() for process in runs.values()] == [0, 0], "a run failed"
+    at, _ = kill_twenty_times.kill_once("train_cifar.py", command("killed"), folder / "killed", True, random.Random(0))
+    assert 0 < at < 20, "too early or too late"
+    kill_twenty_times.run("train_cifar.py", command("killed"))
+    whole, again, continued = [weights(folder / name / "last.pt") for name in ("whole", "again", "killed")]
     anyway, after = [((other - whole).norm() / whole.norm()).item() for other in (again, continued)]
     row(f"difference of the weights after 20 steps: of two undisturbed runs; of one killed and continued after step {at}",
         f"{anyway:.1e}; {after:.1e}", "about the same", after <= 10 * anyway + (1e-6 if CUDA else 0))
@@ -313,7 +317,7 @@ JOBS = {  # name, which begins with the part's letter: minutes at most, what it 
     "b ConvNeXt-B, online and cached": (2.5, online_and_cached, train_imagenet, "--arch convnext_base.dinov3_lvd1689m --batch-size 128"),
     "c WRN-28-10": (1.5, waiting, train_cifar, "--arch wrn-28-10 --batch-size 512"),
     "d WRN-34-10": (1.5, selection, train_cifar, "--arch wrn-34-10 --batch-size 128"),
-    "e WRN-16-4": (2, killed, train_cifar, "--smoke --arch wrn-16-4 --batch-size 128 --save-every 5/9"),
+    "e WRN-16-4": (2, killed, train_cifar, "--smoke --arch wrn-16-4 --batch-size 128"),
     "f WRN-10-1": (3, judge, train_cifar, "--smoke"),
     "g WRN-10-1": (1, under_torchrun, train_cifar, ""),
     "inside torchrun": (0, in_a_group, train_cifar, "--smoke --no-compile"),

@@ -71,7 +71,21 @@ def test_images_in_fortran_order_are_the_same_images(tmp_path):
     assert np.array_equal(images, image)
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="RssAnon is Linux's, and sparse files too")
+LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks Linux's /proc about memory")
+
+
+@LINUX
+def test_single_images_are_read_without_reading_ahead(tmp_path):
+    """MADV_RANDOM, which the kernel shows as the flag rr of the mapping."""
+    path = write_npz(tmp_path / "x.npz", 50)
+    images, _ = open_npz(path, 10)
+    mappings = Path("/proc/self/smaps").read_text().split("VmFlags:")
+    flags = [after.splitlines()[0].split() for before, after in zip(mappings, mappings[1:])
+             if str(path) in before]
+    assert len(flags) == 1 and "rr" in flags[0] and len(images) == 50
+
+
+@LINUX
 def test_twenty_million_images_cost_less_than_two_gb_of_anonymous_memory(tmp_path):
     """61 GB, as DM-AT would ship them, of which batches of 1,000 are read. The limit on the process's memory
     is there for a script that does read the file: it should not take the machine's."""

@@ -176,12 +176,12 @@ def damaged_files(folder):
     yield "tensors missing", written("enc.32x32_block0"), "enc.16x16_down.norm0.weight is missing"
     yield "other shapes", written(arguments={"model_channels": 16}), r" is \[.*\], expected \["
     yield "unknown argument", written(arguments={"colour": "red"}), "colour"
-    yield "NCSN++", written(arguments=NCSNPP), r"is NCSN\+\+ .* with embedding_type fourier; the one that is read is DDPM\+\+ .*positional"
+    yield "NCSN++", written(arguments=NCSNPP), r"is NCSN\+\+ .*embedding_type fourier.*; only DDPM\+\+ is read, .*embedding_type positional"
     for name, value in NCSNPP.items():
         if value != "standard":
-            yield f"NCSN++'s {name}", written(arguments={name: value}), rf"is NCSN\+\+ .* with {name} "
+            yield f"NCSN++'s {name}", written(arguments={name: value}), rf"is NCSN\+\+ .*\({name} "
     for wrong in ({"encoder_type": "skip"}, {"embedding_type": "zero"}, {"decoder_type": "skip"}):
-        yield "an architecture of no such network", written(arguments=wrong), r"the one that is read is DDPM\+\+"
+        yield "an architecture of no such network", written(arguments=wrong), r"only DDPM\+\+ is read"
     for wrong in ({"channel_mult": []}, {"num_blocks": 10**9}, {"model_channels": 2**14}, {"channel_mult": None}):
         message = r"expected 1 to 8 resolutions|is missing| is \[.*\], expected \[|has no len"
         yield "arguments of no such network", written(arguments=wrong), message

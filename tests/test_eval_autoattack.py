@@ -65,7 +65,7 @@ def one_thread():
 @pytest.fixture(scope="module")
 def images():
     """Squares of 8 x 8 pixels, with values that an 8-bit image can hold."""
-    coarse = torch.randint(256, (20, 3, 4, 4), generator=torch.Generator().manual_seed(0)) / 255
+    coarse = (255 * torch.rand(20, 3, 4, 4, generator=torch.Generator().manual_seed(0))).round() / 255
     return coarse.repeat_interleave(8, dim=2).repeat_interleave(8, dim=3)
 
 
@@ -164,14 +164,14 @@ def test_a_killed_evaluation_continues_to_the_same_result(images, labels, undist
 
 
 def test_single_attacks_and_seeds(images, labels, undisturbed, tmp_path):
-    results = []
-    for seed in (0, 1):
-        (tmp_path / f"{seed}").mkdir()
-        results.append(evaluate(tiny_model(), images, labels, tmp_path / f"{seed}", EPS, ["apgd-ce"],
+    finer, results = (images + torch.rand(images.shape) / 255).clamp(0, 1), []
+    for name, some, seed in (("same", images, 0), ("finer", finer, 0), ("another seed", finer, 1)):
+        (tmp_path / name).mkdir()
+        results.append(evaluate(tiny_model(), some, labels, tmp_path / name, EPS, ["apgd-ce"],
                                 batch_size=BATCH, seed=seed))
     assert results[0].attacks == ["apgd-ce"]
     assert results[0].accuracy["apgd-ce"] == undisturbed.accuracy["apgd-ce"]
-    assert not torch.equal(results[1].adversarial, results[0].adversarial)
+    assert not torch.equal(results[1].adversarial, results[2].adversarial)
 
 
 def test_fab_has_the_versions_restarts_whatever_ran_before(images):

@@ -127,3 +127,12 @@ def test_what_cannot_be_used_is_named(inputs, tmp_path, capsys):
         with pytest.raises(SystemExit, match="2"):
             parse_args([*flags, *more])
         assert more[0] in capsys.readouterr().err.splitlines()[-1]
+    with pytest.raises(SystemExit, match="2"):
+        parse_args([str(DIT), "--data-dir", str(tmp_path)])
+    assert "required: vae, stats" in capsys.readouterr().err
+
+
+def test_help_is_shown(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        parse_args(["--help"])
+    assert "--teacher-layer" in capsys.readouterr().out

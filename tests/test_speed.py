@@ -1,4 +1,5 @@
-"""What can be seen of speed without a GPU: compiled steps agree with plain ones and compile no more after the first, and the benchmark's line."""
+"""What can be seen of speed without a GPU: compiled steps agree with plain ones and compile no more after the
+first, steps never wait for the device, bfloat16 on request, and the benchmark's line."""
 import contextlib
 import json
 from types import SimpleNamespace
@@ -6,33 +7,40 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 import benchmark
 import train_cifar
 import train_imagenet
 
 SETTINGS = {train_cifar: ["--smoke", "--batch-size", "8", "--attack-steps", "2", "--extra-sigma"],
-            train_imagenet: ["--smoke", "--arch", "test_vit", "--image-size", "32", "--batch-size", "8", "--attack-steps", "2", "--workers", "0"]}
+            train_imagenet: ["--smoke", "--image-size", "32", "--batch-size", "8", "--attack-steps", "2",
+                             "--workers", "0"]}
 
 
 def setting(script, folder, *more):
-    """Arguments, a function step -> batch, the teacher, and a function that builds a run."""
+    """Arguments, the first four batches, the teacher, and a function that builds a run."""
     if script is train_cifar:
         args = script.parse_args([*SETTINGS[script], *more])
-        data, teacher = script.Data(args, torch.device("cpu")), script.load_teacher(args, torch.device("cpu"))
-        return args, data.batch, teacher, lambda: script.build_run(args, torch.device("cpu"), teacher)
-    script.draw_smoke_folders(folder, 0)
-    args = script.parse_args([*SETTINGS[script], "--data", str(folder), *more])
-    data = script.Data(args, torch.device("cpu"))
-    teacher = script.load_teacher(args, data)
-    return args, lambda step: data.batch(step, next(data.load(step, step + 1)), teacher.latent_shape), teacher, lambda: script.build_run(args, data, teacher)
+        data, teacher = script.Data(args, torch.device("cpu")), script.load_teacher(args)
+    else:
+        script.draw_smoke_folders(folder, 0)
+        args = script.parse_args([*SETTINGS[script], "--data", str(folder), *more])
+        data = script.Data(args, torch.device("cpu"))
+        teacher = script.load_teacher(args, data)
+        data.latent_shape = teacher.latent_shape
+    return args, [data.batch(step) for step in range(4)], teacher, lambda: script.build_run(args, data, teacher)
+
+
+def take_step(script, run, teacher, batch, args):
+    """One training step of a run. Returns its numbers."""
+    return script.train_step(run.model, run.averaged, run.projectors, teacher, run.optimizer, batch, 0.5, args)
 
 
 @pytest.mark.parametrize("script", SETTINGS, ids=lambda script: script.__name__)
 def test_compiled_steps_agree_and_compile_no_more_after_the_first(script, tmp_path, monkeypatch):
     """As on CUDA, but through a backend that needs no C++ compiler: the same graphs are captured, and run with eager kernels."""
-    args, batch, teacher, build = setting(script, tmp_path)
+    args, batches, teacher, build = setting(script, tmp_path)
     compiler = torch.compile
     monkeypatch.setattr(torch, "compile", lambda function, dynamic: compiler(function, dynamic=dynamic, backend="aot_eager"))
     losses, graphs = {}, []
@@ -42,11 +50,10 @@ def test_compiled_steps_agree_and_compile_no_more_after_the_first(script, tmp_pa
         for step in range(4):
             if step == 1:  # the first step of train_cifar.py is another graph, for its batch norm momentum
                 torch._dynamo.reset()
-                script.compile_parts(args, run[0], teacher)
-            numbers = script.train_step(*run[:3], teacher, run[3], batch(step), 0.5, args)
-            losses[compiled, step] = numbers["loss"]
+                script.compile_parts(args, run.model, teacher)
+            losses[compiled, step] = take_step(script, run, teacher, batches[step], args)["loss"]
             graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
-        assert set(run[0].state_dict()) == set(run[1].state_dict()), "names of parameters stay clean"
+        assert set(run.model.state_dict()) == set(run.averaged.state_dict()), "names of parameters stay clean"
     torch.testing.assert_close(losses[True, 1], losses[False, 1], rtol=1e-3, atol=1e-4)
     assert graphs[3] == graphs[0] and graphs[5] > graphs[4], "only the second run compiles, in its first compiled step"
     assert graphs[5] == graphs[6] == graphs[7], "and never again"
@@ -109,27 +116,26 @@ def test_flops_of_a_full_size_wrn_are_counted_right():
 
 @pytest.mark.parametrize("script", SETTINGS, ids=lambda script: script.__name__)
 def test_a_step_never_waits_for_its_numbers_nor_makes_any_on_the_host(script, tmp_path, monkeypatch):
-    """Run where tensors have shapes but no values ("meta"): reading one back fails there, and one made on the CPU is noticed."""
+    """Run where tensors have shapes but no values ("meta"): reading one back fails there, and one made on the
+    CPU is noticed."""
     class HostTensors(TorchDispatchMode):
         def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
             result = operation(*args, **(kwargs or {}))
-            if any(isinstance(leaf, torch.Tensor) and leaf.device.type == "cpu" for leaf in tree_leaves((args, kwargs, result))):
+            leaves = tree_leaves((args, kwargs, result))
+            if any(isinstance(leaf, torch.Tensor) and leaf.device.type == "cpu" for leaf in leaves):
                 on_host.append(operation)
             return result
     on_host = []
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # knows no such device
     more = [] if script is train_cifar else ["--arch", "vit_tiny_patch16_dinov3_qkvb.eupe_lvd1689m"]
-    args, batch, teacher, build = setting(script, tmp_path, *more)
-    model, averaged, projectors, _ = build()
-    batch = SimpleNamespace(**{name: value.to("meta") if isinstance(value, torch.Tensor) else value for name, value in vars(batch(0)).items()})
-    if script is train_cifar:  # pairs of noise level and noise
-        batch.teacher_noise = [tuple(value.to("meta") if isinstance(value, torch.Tensor) else value for value in pair) for pair in batch.teacher_noise]
-    for module in (model, averaged, projectors, teacher):
+    args, batches, teacher, build = setting(script, tmp_path, *more)
+    run, batch = build(), SimpleNamespace(**tree_map_only(torch.Tensor, lambda x: x.to("meta"), vars(batches[0])))
+    for module in (run.model, run.averaged, run.projectors, teacher):
         module.to("meta")
-    optimizer = script.build_optimizer(args, model, projectors)
+    run.optimizer = script.build_optimizer(args, run.model, run.projectors)
     with HostTensors():
         for _ in range(2):
-            numbers = script.train_step(model, averaged, projectors, teacher, optimizer, batch, 0.5, args)
+            numbers = take_step(script, run, teacher, batch, args)
     assert not on_host and all(value.device.type == "meta" for value in numbers.values())
     with pytest.raises(RuntimeError):
         numbers["loss"].item()
@@ -138,11 +144,10 @@ def test_a_step_never_waits_for_its_numbers_nor_makes_any_on_the_host(script, tm
 @pytest.mark.parametrize("script", SETTINGS, ids=lambda script: script.__name__)
 def test_bfloat16_moves_the_first_steps_loss_by_less_than_a_percent(script, tmp_path):
     """The backbone in bfloat16, as on CUDA by default, but on a CPU; logits and losses stay float32."""
-    args, batch, teacher, build = setting(script, tmp_path)
+    args, batches, teacher, build = setting(script, tmp_path)
     losses = []
     for args.amp in (False, True):
-        run = build()
-        numbers = script.train_step(*run[:3], teacher, run[3], batch(0), 0.5, args)
+        numbers = take_step(script, build(), teacher, batches[0], args)
         assert all(value.dtype == torch.float32 for value in numbers.values())
         losses.append(numbers["trades"].item())
     assert losses[0] != losses[1] == pytest.approx(losses[0], rel=0.01)
