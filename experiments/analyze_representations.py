@@ -1013,7 +1013,7 @@ def judge(run, name):
         settings = result["settings"]  # of eval_autoattack.py
         if (settings["checkpoint"], settings["step"]) != (best.name, saved["step"]):
             raise InputError(f"{judged}: is of an earlier best.pt, expected AutoAttack's result on this one")
-        attacks = "AutoAttack" if settings["attacks"] == "None" else settings["attacks"]
+        attacks = " ".join(settings["attacks"] or ["AutoAttack"])
         return row | {"judged_by": f"{attacks}, eps {result['eps']}, {result['images']} test images",
                       "clean_accuracy": float(result["clean_acc"]),
                       "robust_accuracy": result["robust_accuracy"]}

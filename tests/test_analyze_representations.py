@@ -462,7 +462,7 @@ def test_a_sweep_takes_autoattacks_verdict_where_there_is_one_and_says_so(result
     for settings in ({"step": 17}, {"checkpoint": "last.pt"}, {}):
         (folder / "result.json").write_text(json.dumps({
             "clean_acc": "60.50", "robust_accuracy": 40.25, "eps": "8/255", "images": 400,
-            "settings": {"checkpoint": "best.pt", "step": 34, "attacks": "None"} | settings}))
+            "settings": {"checkpoint": "best.pt", "step": 34, "attacks": None} | settings}))
         if settings:
             with pytest.raises(InputError, match="earlier best.pt"):
                 analyze.main(command)

@@ -150,7 +150,7 @@ def test_checkpoints_are_written_by_the_clock(script, flags, tmp_path, monkeypat
 
 def spoil(model):
     with torch.no_grad():
-        next(model.parameters()).view(-1)[0] = torch.nan
+        next(model.parameters()).fill_(torch.nan)
 
 
 @BOTH

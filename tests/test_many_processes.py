@@ -43,7 +43,7 @@ def train_a_little(path):
     run = script.build_run(args, data)
     for group in run.optimizer.param_groups:
         group["lr"] = 0.1
-    for step in range(30):
+    for step in range(15):
         script.set_batchnorm(run.model, momentum=0.3)
         script.train_step(run.model, run.averaged, run.projectors, None, run.optimizer, data.batch(step), 0.0,
                           args)

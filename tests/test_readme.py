@@ -73,5 +73,6 @@ def test_each_row_of_the_cifar_tables_makes_a_plan(tmp_path, monkeypatch, capsys
                 files += ["--data-dir", "data100", "--teacher-unconditional"]  # the tiny teacher knows ten classes
             train_cifar.main([*files, "--teacher", str(TEACHER), "--device", "cpu", "--dry-run"])
             plan = capsys.readouterr().out
-            assert f"steps    {train_cifar.parse_args(arguments).epochs * -(-5000 // train_cifar.parse_args(arguments).batch_size):,} =" in plan
+            args = train_cifar.parse_args(arguments)
+            assert f"{args.epochs * -(-5000 // args.batch_size):,} steps = {args.epochs} epochs" in plan
     assert not (tmp_path / "runs").exists()
