@@ -541,7 +541,8 @@ def probe(args):
 
 def smoke(args):
     """--smoke, once the model is trained: train_cifar.py's smoke run without it, with it as the teacher, and
-    with its images as well. On waves that are learned in seconds the three hardly differ: it is a test."""
+    with its images as well. It shows that the parts fit together. The accuracies compare nothing: the model
+    has hardly learned yet, so most of its images show no class, and two epochs of them teach little."""
     out = Path(args.out)
     model, synthetic = str(out / "edm.pt"), out / "synthetic.npz"
     if not synthetic.exists():

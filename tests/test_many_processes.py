@@ -142,13 +142,15 @@ def test_process_0_logs_and_saves_once_and_its_clock_decides(tmp_path):
     assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] == 8
 
 
-def test_one_process_that_dies_takes_the_other_down_and_a_single_one_continues(tmp_path, capsys):
+def test_one_process_that_dies_takes_the_other_down_and_a_single_one_continues(
+        tmp_path, capsys, monkeypatch):
     flags = ["--smoke", "--batch-size", "16", "--attack-steps", "1", "--dra-weight", "0", "--max-steps", "4",
              "--save-minutes", "0", "--out", str(tmp_path)]
     (tmp_path / "flags.json").write_text(json.dumps(flags))
     done = torchrun("die", tmp_path)
     assert done.returncode != 0 and "exitcode  : 7" in done.stderr, done.stderr
     assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] == 2, "what was saved before is whole"
+    monkeypatch.setattr(train_cifar, "SELECTION_STEPS", 1)
     train_cifar.main(flags)
     assert "from step 2 to 4" in capsys.readouterr().out
     assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] == 4

@@ -413,6 +413,8 @@ def test_models_take_unit_range_images_and_agree_with_their_parts(model, images)
         assert features.dtype == torch.float32 and torch.equal(network.head(features), network(images[:2]))
         assert not {"mean", "std"} & set(network.state_dict()), "keys are DM-AT's and RobustBench's, no more"
         assert not any("module." in name or "model." in name for name in network.state_dict())
+        network.amp = True
+        assert network.features(images[:1]).dtype == network(images[:1]).dtype == torch.float32
     assert features.shape == (2, 768) and network(images[:2]).shape == (2, 100)
 
 
