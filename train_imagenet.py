@@ -127,7 +127,7 @@ def parse_args(argv=None):
     add("--label-smoothing", type=fraction, default=0.1, help="in the cross-entropy (chosen: DM-AT's)")
     # Attack. ImageNet's standard radius is half of CIFAR's; three steps reach a little further than that.
     add("--beta", type=number, default=5.0, help="weight of TRADES' KL term (chosen: DM-AT's)")
-    add("--eps", type=fraction, default="4/255", help="largest change of a pixel in [0,1] (as --image-size)")
+    add("--eps", type=fraction, default="4/255", help="largest change of a pixel in [0,1] (stated)")
     add("--step-size", type=positive, default="2/255", help="of the attack (chosen)")
     add("--attack-steps", type=whole, default=3, help="PGD steps (stated); 0: no attack, x' = x")
     # Alignment. Middle layers say most about what an image shows: early ones see pixels, late ones draw them.
@@ -136,7 +136,7 @@ def parse_args(argv=None):
     add("--teacher-t", type=time_of_noise, default=0.9, help="1 is the clean image, 0 pure noise (chosen)")
     add("--teacher-layer", type=whole, default=14, help="block whose input is the target (stated)")
     add("--teacher-unconditional", action="store_true", help="do not tell the teacher the label")
-    add("--cache-targets", metavar="DIR", help="compute targets only once (default: in each step)")
+    add("--cache-targets", metavar="DIR", help="compute targets only once, not in each step")
     # Running. Only backbone and teacher compute in bfloat16; logits, projector and losses stay in float32.
     add("--out", default="runs/imagenet", help="folder for last.pt, best.pt and log.csv")
     add("--seed", type=whole, default=0, help="of every random draw")
@@ -150,10 +150,9 @@ def parse_args(argv=None):
     if "--smoke" in (sys.argv[1:] if argv is None else argv):
         parser.set_defaults(**SMOKE)  # any other flag still beats these
     args = parser.parse_args(argv)
-
-    # Defaults that depend on other flags.
     if args.smoke and not args.data:
-        args.data, args.synthetic = str(Path(args.out) / "data"), str(Path(args.out) / "data" / "synthetic")
+        args.data = str(Path(args.out) / "data")
+        args.synthetic = args.synthetic or str(Path(args.data) / "synthetic")
     if args.dra_weight == 0:
         args.teacher = args.cache_targets = None
     elif args.teacher is None and not args.smoke:
@@ -215,7 +214,7 @@ def build_model(arch, num_classes, pretrained, image_size=None):
     InputError for an unknown name, and for a model with BatchNorm, whose statistics would depend on how a
     batch is cut into pieces.
     """
-    if not timm.is_model(arch.split(".")[0]):
+    if not timm.is_model(arch):
         raise InputError(f"--arch {arch}: timm has no such model")
     size = {}
     if image_size and image_size % 16 == 0 and "_patch16_dinov3" in arch:
@@ -452,8 +451,8 @@ def barrier():
 
 
 def average_gradients(parameters):
-    """Mean gradient over all processes. Not by DistributedDataParallel: in a step of 12 forwards there is
-    little to gain from its overlapping, and the pieces of a batch need no special care."""
+    """Mean gradient over all processes. Not by DistributedDataParallel: in a step that costs as much as
+    12 forwards there is little to gain from its overlapping, and pieces of a batch need no special care."""
     if dist.is_initialized():
         for parameter in parameters:
             if parameter.grad is not None:
@@ -461,9 +460,9 @@ def average_gradients(parameters):
 
 
 # -----------------------------------------------------------------------------------------------------------
-# Data, from disk to one augmented batch on the device. Every random draw is a function of (seed, step), or of
-# (seed, step, place in the batch). So a run that continues after a kill sees the batches of an undisturbed
-# one, and each of several processes can take its share of the batch that one process would see.
+# Data, from disk to one augmented batch on the device. Every random draw is a function of the seed and of a
+# number: of a step, a place in its batch, a pass or an image. So a run that continues after a kill sees the
+# batches of an undisturbed one, and each of several processes can take its share of a batch.
 
 
 def random_seed(seed, position, purpose):
@@ -518,10 +517,10 @@ def to_pixels(image):
 
 
 class Images(Dataset):
-    """Real and then synthetic images, numbered through. Each item is one of these, uint8 [3, size, size]."""
+    """Real and then synthetic images, numbered through. Each item is one of these, uint8 [3, H, W]."""
 
-    def __init__(self, folders, size):
-        self.folders, self.size = folders, size
+    def __init__(self, folders):
+        self.folders = folders
 
     def read(self, number, transform):
         """Image `number` -> (transform of it, as pixels; its label)."""
@@ -538,7 +537,7 @@ class Augmented(Images):
     """
 
     def __init__(self, folders, args):
-        super().__init__(folders, args.image_size)
+        super().__init__(folders)
         self.seed, self.cache = args.seed, args.cache_targets
         self.crop = transforms.RandomResizedCrop(args.image_size, scale=CROP_AREA)
 
@@ -561,7 +560,7 @@ class Centred(Images):
     RobustBench's protocol, and for cached targets, where it is what LightningDiT was trained on."""
 
     def __init__(self, folders, size, resize):
-        super().__init__(folders, size)
+        super().__init__(folders)
         self.crop = transforms.Compose([transforms.Resize(resize), transforms.CenterCrop(size)])
 
     def __getitem__(self, number):
@@ -589,8 +588,8 @@ def draw_smoke_folders(path, seed):
 class Data:
     """Training images, real and synthetic, the held-out images, and the batches drawn from them.
 
-    Held-out images are spread evenly over the sorted files, so that all classes are among them. (On CIFAR,
-    whose images come shuffled, they are the first ones.)
+    Held-out images are spread evenly over the sorted files, so that almost all classes are among them. (On
+    CIFAR, whose images come shuffled, they are the first ones.)
     """
 
     latent_shape = None  # of the teacher's noise, where a teacher is asked in each step
@@ -640,7 +639,8 @@ class Data:
                                num_workers=self.args.workers, pin_memory=self.device.type == "cuda"))
 
     def batch(self, step):
-        """All that `train_step` needs for one step. B: this process's share of the batch.
+        """All that `train_step` needs for one step; steps have to be asked for in order. B: this process's
+        share of the batch.
 
         Returns images [B, 3, H, W] in [0, 1], labels [B], start: the attack's first point, and target
         [B, width] or, where latent_shape says that there is a teacher to ask, teacher_noise
@@ -685,29 +685,37 @@ def cache_targets(args, data, teacher):
     is fixed per image and view, into DIR/targets.npy: float16 [images, 2, width].
 
     A step with ViT-B/16 costs 431 GFLOP per image and the teacher 257 (138 the autoencoder, 119 the
-    transformer), so this saves more than a third of the arithmetic of every epoch after the first. What
-    changes against the paper's targets: the classifier sees a piece of the image while the target describes
-    its middle, and the noise is the same in every epoch. Both views, since training flips half of its images.
+    transformer), so without it a step costs a third less. The cache costs two calls of the teacher for each
+    image there is: with 4 million synthetic ones, as many as 8 epochs need. What changes against the paper's
+    targets: the classifier sees a piece of the image while the target describes its middle, and the noise is
+    the same in every epoch. Both views, since training flips half of its images.
     A row of zeros is one to do, so any number of processes can go on after a kill. Raises InputError where
     DIR was made with other settings.
     """
     folder, n_images = Path(args.cache_targets), data.ends[-1]
     path, settings = folder / "targets.npy", folder / "targets.json"
+    shape = (n_images, 2, teacher.width)
     names = ("teacher", "teacher_layer", "teacher_t", "teacher_unconditional", "data", "synthetic", "seed")
     here = {name: last_part(getattr(args, name)) for name in names} | {"images": str(n_images)}
     if data.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        there = json.loads(settings.read_text()) if settings.exists() else {} if path.exists() else here
+        try:
+            there = dict(json.loads(settings.read_text())) if settings.exists() or path.exists() else here
+        except (OSError, ValueError, TypeError):
+            raise InputError(f"{settings}: missing or damaged; remove {path.name} to start anew") from None
         for name, value in here.items():
             if there.get(name) != value:
                 raise InputError(f"{folder}: was made with {name} {there.get(name)}, not {value}")
         write_atomically(settings, lambda file: file.write(json.dumps(here).encode()))
         if not path.exists():
-            new = folder / "targets.npy.tmp"
-            np.lib.format.open_memmap(new, "w+", np.float16, (n_images, 2, teacher.width)).flush()
-            os.replace(new, path)
+            np.lib.format.open_memmap(path, "w+", np.float16, shape).flush()
     barrier()
-    targets = np.load(path, mmap_mode="r+")
+    try:
+        targets = np.lib.format.open_memmap(path, "r+")
+        if (targets.dtype, targets.shape) != (np.float16, shape):
+            raise ValueError(f"this is {targets.dtype} {targets.shape}")
+    except ValueError as error:
+        raise InputError(f"{path}: expected float16 {shape}: {error}; remove it to start anew") from None
     # A kill can leave a row half written, so both ends of both views are looked at.
     missing = np.flatnonzero((targets[:, :, [0, -1]] == 0).any(axis=(1, 2)))[data.share]
     barrier()  # all have looked before anyone writes
@@ -745,7 +753,7 @@ def margin_loss(logits, labels):
 def evaluate(averaged, data, args):
     """Clean accuracy, and accuracy under PGD on the margin loss, in percent, of the averaged model on the
     held-out images. All processes take part, and all get the same numbers."""
-    for buffer in averaged.buffers():  # BatchNorm's running statistics are those of process 0
+    for buffer in averaged.buffers():  # where there are any, those of process 0
         all_reduce(buffer.mul_(data.rank == 0))
     right = torch.zeros(2)
     for images, labels, start in data.holdout_batches():
@@ -926,6 +934,11 @@ def train(args, data, teacher, run, out, total_steps):
     if data.rank == 0:
         print(f"from step {run.step} to {total_steps}", flush=True)
         save(out, about, run)
+    if args.cache_targets:
+        cache_targets(args, data, teacher)
+        teacher = None  # its part is done
+    elif teacher:
+        data.latent_shape = teacher.latent_shape
 
     eval_every = max(1, round(args.eval_every * data.steps_per_epoch))
     first_step, saved_at, row_step, row_at = run.step, time.time(), run.step, time.time()
@@ -997,11 +1010,6 @@ def main(argv=None):
         return
     out.mkdir(parents=True, exist_ok=True)
     with lock(out) if rank == 0 else contextlib.nullcontext():
-        if args.cache_targets:
-            cache_targets(args, data, teacher)
-            teacher = None  # its part is done
-        elif teacher:
-            data.latent_shape = teacher.latent_shape
         train(args, data, teacher, run, out, total_steps)
     if rank == 0:
         for name in ("holdout_clean", "holdout_robust"):

@@ -3,14 +3,15 @@
     python tests/benchmark.py train_cifar.py --arch wrn-28-10 --batch-size 512
     python tests/benchmark.py train_imagenet.py --steps 10 --peak-tflops 989
 
---steps and --peak-tflops (the device's peak rate, to compare with) are this script's own flags, all others are
-the training script's. Images and a teacher of full size, with random weights, are made up where none are given.
+--steps and --peak-tflops (the device's peak rate, to compare with) are this script's own flags, all others
+are the training script's. Images and a teacher of full size, with random weights, are made up where none are
+given.
 
-Seconds are means over the steps after a warm-up: of whole steps with new batches, and of the parts alone (data,
-attack, teacher; "update" is the rest of a step on a fixed batch). They need not add up, as data are read while
-others compute. FLOPs (a multiplication and an addition are two) are torch's count for one forward and for the
-teacher, times the number of passes, where a backward pass to image or weights costs as much as a forward pass;
-for this process's share of the batch.
+Seconds are means over the steps after a warm-up: of whole steps with new batches, and of the parts alone
+(data, attack, teacher; "update" is the rest of a step on a fixed batch). They need not add up, as data are
+read while others compute. FLOPs (a multiplication and an addition are two) are torch's count for one forward
+and for the teacher, times the number of passes, where a backward pass to image or weights costs as much as a
+forward pass; for this process's share of the batch.
 """
 import argparse
 import importlib
@@ -43,7 +44,7 @@ def random_edm(args):
 
 
 def random_dit(args, data):
-    """LightningDiT-XL/1 and VA-VAE in the released sizes, with random weights and statistics that fit them."""
+    """LightningDiT-XL/1 and VA-VAE in the released sizes, with random weights and statistics that fit."""
     torch.manual_seed(0)
     levels = [(128, 2, False), (128, 2, False), (256, 2, False), (256, 2, False), (512, 2, True)]
     vae = VAEEncoder(128, levels, latent_channels=32)
@@ -54,7 +55,7 @@ def random_dit(args, data):
 
 
 def prepare(script, flags):
-    """What a step of that script needs -> (args, data, teacher, run, batches: count -> iterator over new ones)."""
+    """What a step of that script needs -> (args, data, teacher, run, batches: count -> iterator)."""
     imagenet = script.__name__ == "train_imagenet"
     made_up = imagenet and not {"--teacher", "--smoke"} & set(flags)
     args = script.parse_args([*flags, *(["--teacher", "random", "random", "random"] if made_up else [])])
@@ -74,8 +75,9 @@ def prepare(script, flags):
             data.latent_shape = teacher.latent_shape
     else:
         if not args.smoke and not Path(args.data_dir).exists():
-            pixels, labels = [np.concatenate([array] * 25) for array in script.draw_smoke_images(2000, seed=0)]
-            script.load_real = lambda *_: (pixels, labels)
+            images, labels = script.draw_smoke_images(2000, seed=0)
+            made = np.concatenate([images] * 25), np.concatenate([labels] * 25)
+            script.load_real = lambda *_: made
         data = script.Data(args, device)
         made_up = args.teacher == script.DATASETS[args.dataset].teacher  # the default, a download
         load = random_edm if made_up else script.load_teacher
@@ -117,7 +119,8 @@ def measure(script, flags, steps, peak_tflops=None):
 
     def attack(_):
         for part, logits in zip(parts, clean_logits):
-            script.trades_attack(model, part.images, part.start, args.eps, args.step_size, args.attack_steps, logits)
+            script.trades_attack(model, part.images, part.start, args.eps, args.step_size, args.attack_steps,
+                                 logits)
 
     def teach(_):
         for part in parts:
@@ -129,20 +132,23 @@ def measure(script, flags, steps, peak_tflops=None):
         clean_logits = [model(part.images) for part in parts]
     with FlopCounterMode(display=False) as teaching:
         teach(None)
-    # Attack steps of a forward and a backward pass to the image; two forwards with backward passes to image and weights.
+    # Attack steps of a forward and a backward pass to the image; two forwards with backward passes to image
+    # and weights.
     flops = forward.get_total_flops() * (2 * args.attack_steps + 2 * 3) + teaching.get_total_flops()
     torch.cuda.reset_peak_memory_stats() if cuda else None
     script.compile_parts(args, model, teacher)
-    times = {"step": seconds(lambda inputs: step(next(inputs))), "data": seconds(next), "attack": seconds(attack),
-             "teacher": seconds(teach)}
+    times = {"step": seconds(lambda inputs: step(next(inputs))), "data": seconds(next),
+             "attack": seconds(attack), "teacher": seconds(teach)}
     times["update"] = seconds(lambda _: step(batch)) - times["attack"] - times["teacher"]
     rate = flops / times["step"] / 1e12
-    memory = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"arch": args.arch, "batch_size": args.batch_size, "device": torch.cuda.get_device_name() if cuda else "cpu",
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {"arch": args.arch, "batch_size": args.batch_size,
+            "device": torch.cuda.get_device_name() if cuda else "cpu",
             "torch": torch.__version__, "threads": torch.get_num_threads(), "bfloat16": args.amp,
-            "compiled": cuda and not args.no_compile, "images_per_s": args.batch_size / times["step"], "seconds": times,
-            "gflop_per_image": flops / len(batch.labels) / 1e9, "tflops": rate,
-            "share_of_peak": rate / peak_tflops if peak_tflops else None, "peak_memory_gib": memory / 2**30}
+            "compiled": cuda and not args.no_compile, "images_per_s": args.batch_size / times["step"],
+            "seconds": times, "gflop_per_image": flops / len(batch.labels) / 1e9, "tflops": rate,
+            "share_of_peak": rate / peak_tflops if peak_tflops else None,
+            "peak_memory_gib": (torch.cuda.max_memory_allocated() if cuda else resident) / 2**30}
 
 
 def main(argv=None):
@@ -152,8 +158,9 @@ def main(argv=None):
     parser.add_argument("--steps", type=int, default=20, help="to time, after a warm-up")
     parser.add_argument("--peak-tflops", type=float, help="the device's peak rate")
     own, flags = parser.parse_known_args(argv)
-    result = measure(importlib.import_module(own.script.removesuffix(".py")), flags, own.steps, own.peak_tflops)
-    print(json.dumps(json.loads(json.dumps(result), parse_float=lambda text: float(f"{float(text):.4g}"))))
+    script = importlib.import_module(own.script.removesuffix(".py"))
+    result = json.dumps(measure(script, flags, own.steps, own.peak_tflops))
+    print(json.dumps(json.loads(result, parse_float=lambda text: float(f"{float(text):.4g}"))))
 
 
 if __name__ == "__main__":

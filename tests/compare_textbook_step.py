@@ -2,9 +2,10 @@
 
     python tests/compare_textbook_step.py [--arch wrn-16-2] [--batch-size 64] [--rounds 8] [--device cpu]
 
-The textbook step is TRADES as anyone would write it down (arXiv 1901.08573, with DM-AT's settings): no alignment, no weight averaging,
-no care for memory layout or for gradients that nobody needs, in float32, on a GPU also with TF32 (where DM-AT's ran, that was the
-default). Ours has the averaging in it, and on a GPU bfloat16 and compilation, as in a training run.
+The textbook step is TRADES as anyone would write it down (arXiv 1901.08573, with DM-AT's settings): no
+alignment, no weight averaging, no care for memory layout or for gradients that nobody needs, in float32, on a
+GPU also with TF32 (where DM-AT's ran, that was the default). Ours has the averaging in it, and on a GPU
+bfloat16 and compilation, as in a training run.
 """
 import argparse
 import statistics
@@ -38,7 +39,8 @@ def textbook_step(model, optimizer, images, labels, eps=8 / 255, step_size=2 / 2
 
 
 def compare(args, rounds):
-    """Median seconds of a step: {"ours": ..., "textbook": ..., on a GPU also "textbook, TF32": ...}. args: from train_cifar.parse_args."""
+    """Median seconds of a step: {"ours": ..., "textbook": ..., on a GPU also "textbook, TF32": ...}. args:
+    from train_cifar.parse_args."""
     device, cuda = torch.device(args.device), args.device == "cuda"
     torch.backends.cudnn.benchmark = True
     data = train_cifar.Data(args, device)
@@ -73,7 +75,8 @@ def main():
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cpu")
     flags = parser.parse_args()
     torch.set_num_threads(2)
-    median = compare(train_cifar.parse_args(["--smoke", "--arch", flags.arch, "--batch-size", str(flags.batch_size), "--dra-weight", "0",
+    median = compare(train_cifar.parse_args(["--smoke", "--arch", flags.arch, "--batch-size",
+                                             str(flags.batch_size), "--dra-weight", "0",
                                              "--device", flags.device]), flags.rounds)
     print(f"{flags.arch}, batch {flags.batch_size}, median of {flags.rounds} steps in turns:",
           ", ".join(f"{name} {value:.3f} s ({median['ours'] / value:.3f})" for name, value in median.items()))

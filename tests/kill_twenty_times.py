@@ -1,11 +1,11 @@
-"""Run by hand (ten minutes or so on two cores): kill training again and again, then compare with an undisturbed
-run, bit for bit.
+"""Run by hand (ten minutes or so on two cores): kill training again and again, then compare with an
+undisturbed run, bit for bit.
 
     python tests/kill_twenty_times.py [--kills 20] [--folder FOLDER] [train_cifar.py | train_imagenet.py]
 
-Half of the kills (SIGKILL) come at a random moment, the others while a checkpoint is being written. Then the same
-command once more, to its end. Averaged and raw weights, projector, optimizer, scheduler, the best average and the
-log have to be those of a run that nobody disturbed.
+Half of the kills (SIGKILL) come at a random moment, the others while a checkpoint is being written. Then the
+same command once more, to its end. Averaged and raw weights, projector, optimizer, scheduler, the best
+average and the log have to be those of a run that nobody disturbed.
 """
 import argparse
 import csv

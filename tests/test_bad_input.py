@@ -86,7 +86,7 @@ def write_files(folder):
     return folder
 
 
-CIFAR = "train_cifar.py --smoke"
+CIFAR = "train_cifar.py --smoke --max-steps 1"
 REAL = ("train_cifar.py --device cpu --arch wrn-10-1 --dra-weight 0 --data-dir {}/cifar --batch-size 16 "
         "--max-steps 1")
 IMAGENET = ("train_imagenet.py --smoke --arch test_vit --image-size 32 --workers 0 --batch-size 8 "

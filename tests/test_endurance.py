@@ -1,5 +1,5 @@
-"""Kills, a full disk, a second run in the same folder, numbers that are not finite: nothing is lost and nothing bad
-is kept. (A longer version by hand: kill_twenty_times.py.)"""
+"""Kills, a full disk, a second run in the same folder, numbers that are not finite: nothing is lost and
+nothing bad is kept. (A longer version by hand: kill_twenty_times.py.)"""
 import random
 import resource
 import signal
@@ -67,7 +67,7 @@ def file_name(script):
     return Path(script.__file__).name
 
 
-# ------------------------------------------------------------------------------------------------ kills
+# ----------------------------------------------------------------------------------------------------- kills
 
 @BOTH
 def test_a_killed_run_continues_to_the_same_bits_and_the_same_log(script, flags, undisturbed, tmp_path):
@@ -138,15 +138,19 @@ def test_checkpoints_are_written_by_the_clock(script, flags, tmp_path, monkeypat
     def slow(*arguments):
         now[0] += 25
         return train_step(*arguments)
+
+    def noted(out, about, run):
+        saves.append(run.step)
+        save(out, about, run)
     monkeypatch.setattr(script, "time", SimpleNamespace(time=lambda: now[0]))
     monkeypatch.setattr(script, "train_step", slow)
-    monkeypatch.setattr(script, "save", lambda out, about, run: saves.append(run.step) or save(out, about, run))
+    monkeypatch.setattr(script, "save", noted)
     monkeypatch.setattr(script, "SELECTION_STEPS", 1)
     script.main(flags(script, tmp_path, "--batch-size", "16", "--save-minutes", "1", steps=8))
     assert saves == [0, 3, 6, 8]
 
 
-# ------------------------------------------------------------------------------------ numbers that are not finite
+# ------------------------------------------------------------------------------- numbers that are not finite
 
 def spoil(model):
     with torch.no_grad():

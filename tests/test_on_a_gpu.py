@@ -1,4 +1,5 @@
-"""tests/on_a_gpu.py in small: its jobs find on a CPU what they look for on a GPU, and one that fails takes no other with it."""
+"""tests/on_a_gpu.py in small: its jobs find on a CPU what they look for on a GPU, and one that fails takes no
+other with it."""
 import itertools
 from types import SimpleNamespace
 
@@ -27,7 +28,8 @@ def run(name, folder, monkeypatch):
     monkeypatch.setattr(benchmark, "WARMUP", 1)
     _, job, script, _ = on_a_gpu.JOBS[name]
     job(script, on_a_gpu.TINY[script].split())
-    rows = [[cell.strip() for cell in line.split("|")[2:6]] for line in on_a_gpu.OUT.report.read_text().splitlines()]
+    lines = on_a_gpu.OUT.report.read_text().splitlines()
+    rows = [[cell.strip() for cell in line.split("|")[2:6]] for line in lines]
     return {what: (measured, good) for what, measured, _, good in rows}
 
 
@@ -47,7 +49,8 @@ def test_speed_is_measured(name, tmp_path, monkeypatch):
 
 def test_a_job_that_fails_or_hangs_leaves_a_row_and_the_next_one_runs(tmp_path, monkeypatch):
     textbook = on_a_gpu.JOBS["b WRN-28-10, textbook"]
-    monkeypatch.setattr(on_a_gpu, "JOBS", {"a job that is not there": textbook, "b WRN-28-10, textbook": textbook})
+    jobs = {"a job that is not there": textbook, "b WRN-28-10, textbook": textbook}
+    monkeypatch.setattr(on_a_gpu, "JOBS", jobs)
     on_a_gpu.main(["--minutes", "5", "--parts", "a", "b", "--report", str(tmp_path / "report.md")])
     on_a_gpu.run_job("b WRN-28-10, textbook", 0.1)
     failed, ran, hung = (tmp_path / "report.md").read_text().splitlines()[-3:]

@@ -38,20 +38,24 @@ def setting(script, folder, *more):
         data = script.Data(args, torch.device("cpu"))
         teacher = script.load_teacher(args, data)
         data.latent_shape = teacher.latent_shape
-    return args, [data.batch(step) for step in range(4)], teacher, lambda: script.build_run(args, data, teacher)
+    batches = [data.batch(step) for step in range(4)]
+    return args, batches, teacher, lambda: script.build_run(args, data, teacher)
 
 
 def take_step(script, run, teacher, batch, args):
     """One training step of a run. Returns its numbers."""
-    return script.train_step(run.model, run.averaged, run.projectors, teacher, run.optimizer, batch, 0.5, args)
+    return script.train_step(run.model, run.averaged, run.projectors, teacher, run.optimizer, batch, 0.5,
+                             args)
 
 
 @pytest.mark.parametrize("script", SETTINGS, ids=lambda script: script.__name__)
 def test_compiled_steps_agree_and_compile_no_more_after_the_first(script, tmp_path, monkeypatch):
-    """As on CUDA, but through a backend that needs no C++ compiler: the same graphs are captured, and run with eager kernels."""
+    """As on CUDA, but through a backend that needs no C++ compiler: the same graphs are captured, and run
+    with eager kernels."""
     args, batches, teacher, build = setting(script, tmp_path)
     compiler = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda function, dynamic: compiler(function, dynamic=dynamic, backend="aot_eager"))
+    monkeypatch.setattr(torch, "compile", lambda function, dynamic: compiler(function, dynamic=dynamic,
+                                                                             backend="aot_eager"))
     losses, graphs = {}, []
     for compiled in (False, True):
         run = build()
@@ -64,7 +68,8 @@ def test_compiled_steps_agree_and_compile_no_more_after_the_first(script, tmp_pa
             graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
         assert set(run.model.state_dict()) == set(run.averaged.state_dict()), "names of parameters stay clean"
     torch.testing.assert_close(losses[True, 1], losses[False, 1], rtol=1e-3, atol=1e-4)
-    assert graphs[3] == graphs[0] and graphs[5] > graphs[4], "only the second run compiles, in its first compiled step"
+    assert graphs[3] == graphs[0], "the first run does not compile"
+    assert graphs[5] > graphs[4], "the second does, in its first compiled step"
     assert graphs[5] == graphs[6] == graphs[7], "and never again"
     torch._dynamo.reset()
 
@@ -80,7 +85,8 @@ def test_benchmark_prints_one_line_of_json(script, capsys, monkeypatch):
     monkeypatch.setattr(benchmark, "WARMUP", 1)
     line = run_benchmark(script, capsys, "--peak-tflops", "0.5")
     parts = line["seconds"]
-    assert line["batch_size"] == 8 and line["device"] == "cpu" and not line["compiled"] and line["peak_memory_gib"] > 0.1
+    assert line["batch_size"] == 8 and line["device"] == "cpu"
+    assert not line["compiled"] and line["peak_memory_gib"] > 0.1
     assert set(parts) == {"step", "data", "attack", "teacher", "update"}
     assert min(parts["data"], parts["attack"], parts["teacher"]) > 0
     assert line["images_per_s"] == pytest.approx(8 / parts["step"], rel=0.01)
@@ -95,7 +101,7 @@ def test_benchmark_prints_one_line_of_json(script, capsys, monkeypatch):
 
 @pytest.mark.parametrize("script", SETTINGS, ids=lambda script: script.__name__)
 def test_benchmark_splits_a_step_into_its_parts(script, capsys, monkeypatch):
-    """By a clock of its own, on which an attack takes 1 s, the teacher 0.25 s and the rest of a step 2.25 s."""
+    """By a clock of its own: an attack takes 1 s, the teacher 0.25 s and the rest of a step 2.25 s."""
     clock = [0.0]
 
     def takes(module, name, seconds):
@@ -107,14 +113,16 @@ def test_benchmark_splits_a_step_into_its_parts(script, capsys, monkeypatch):
         monkeypatch.setattr(module, name, timed)
     monkeypatch.setattr(benchmark, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
     monkeypatch.setattr(benchmark, "WARMUP", 1)
-    for module, name, seconds in ((script, "trades_attack", 1.0), (benchmark, "ask_teacher", 0.25), (script, "train_step", 2.5)):
-        takes(module, name, seconds)
+    takes(script, "trades_attack", 1.0)
+    takes(benchmark, "ask_teacher", 0.25)
+    takes(script, "train_step", 2.5)
     parts = run_benchmark(script, capsys)["seconds"]  # a step is 2.5 s and the attack in it
     assert parts == {"step": 3.5, "data": 0.0, "attack": 1.0, "teacher": 0.25, "update": 2.25}
 
 
 def test_flops_of_a_full_size_wrn_are_counted_right():
-    """WRN-28-10 has 5.2 billion multiply-adds per 32 px image (its paper's model size times positions), so 10.5 GFLOP forward."""
+    """WRN-28-10 has 5.2 billion multiply-adds per 32 px image (its paper's model size times positions), so
+    10.5 GFLOP forward."""
     from torch.utils.flop_counter import FlopCounterMode
     with torch.device("meta"):
         model = train_cifar.build_model("wrn-28-10", 10).eval()
@@ -138,7 +146,8 @@ def test_a_step_never_waits_for_its_numbers_nor_makes_any_on_the_host(script, tm
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # knows no such device
     more = [] if script is train_cifar else ["--arch", "vit_tiny_patch16_dinov3_qkvb.eupe_lvd1689m"]
     args, batches, teacher, build = setting(script, tmp_path, *more)
-    run, batch = build(), SimpleNamespace(**tree_map_only(torch.Tensor, lambda x: x.to("meta"), vars(batches[0])))
+    run, on_meta = build(), lambda tensor: tensor.to("meta")
+    batch = SimpleNamespace(**tree_map_only(torch.Tensor, on_meta, vars(batches[0])))
     for module in (run.model, run.averaged, run.projectors, teacher):
         module.to("meta")
     run.optimizer = script.build_optimizer(args, run.model, run.projectors)

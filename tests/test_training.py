@@ -251,7 +251,7 @@ def test_rate_and_momentum_follow_one_cycle(epochs):
 @pytest.fixture
 def observed(monkeypatch, tmp_path):
     """Run train_cifar.py on 20 drawn images with a training step that changes nothing. Returns a function of
-    flags: a dict per step of what it was given, and the run's log."""
+    flags: a dict per step of what it was given, and the run's last.pt."""
     images, labels = train_cifar.draw_smoke_images(20, seed=0)
     np.savez(tmp_path / "train.npz", image=images, label=labels)
 
@@ -270,7 +270,7 @@ def observed(monkeypatch, tmp_path):
         out = tmp_path / f"out{len(list(tmp_path.iterdir()))}"
         train_cifar.main(["--device", "cpu", "--arch", "wrn-10-1", "--dra-weight", "0", "--batch-size", "10",
                           "--data-dir", str(tmp_path), "--out", str(out), *flags])
-        return list(steps), torch.load(out / "last.pt", weights_only=True)["log"]
+        return list(steps), torch.load(out / "last.pt", weights_only=True)
     return run
 
 
@@ -284,21 +284,23 @@ def assert_cycle(steps, epochs, peak):
 @pytest.mark.parametrize("epochs", [1, 3, 40, 41])
 def test_a_run_sets_rate_and_momentum_by_epoch(observed, epochs, recwarn):
     """The log says which rate was used, not which one comes next."""
-    steps, log = observed("--epochs", str(epochs), "--lr", "0.1")
+    steps, saved = observed("--epochs", str(epochs), "--lr", "0.1")
+    log = saved["log"]
     assert_cycle(steps, epochs, 0.1)
     assert len({step["lr"] for step in steps}) == epochs
     assert [row["lr"] for row in log] == [step["lr"] for step in steps[1::2]]
     assert [row["epoch"] for row in log] == list(range(1, epochs + 1))
+    assert saved["optimizer"]["param_groups"][0]["lr"] == steps[-1]["lr"], "no further step at the end"
     assert not [warning for warning in recwarn if "scheduler" in str(warning.message)]
 
 
 @pytest.mark.parametrize("max_steps", [1, 2, 3, 5])
 def test_runs_of_a_few_steps_count_a_begun_epoch_as_one(observed, max_steps):
-    steps, log = observed("--max-steps", str(max_steps))
+    steps, saved = observed("--max-steps", str(max_steps))
     assert len(steps) == max_steps
     assert_cycle(steps, math.ceil(max_steps / 2), 0.2)
-    assert [row["step"] for row in log] == [step for step in range(1, max_steps + 1)
-                                            if step % 2 == 0 or step == max_steps]
+    rows = [step for step in range(1, max_steps + 1) if step % 2 == 0 or step == max_steps]
+    assert [row["step"] for row in saved["log"]] == rows
 
 
 def test_lions_rate_follows_the_cycle_and_its_betas_stay(observed):
@@ -413,8 +415,6 @@ def test_models_take_unit_range_images_and_agree_with_their_parts(model, images)
         assert features.dtype == torch.float32 and torch.equal(network.head(features), network(images[:2]))
         assert not {"mean", "std"} & set(network.state_dict()), "keys are DM-AT's and RobustBench's, no more"
         assert not any("module." in name or "model." in name for name in network.state_dict())
-        network.amp = True
-        assert network.features(images[:1]).dtype == network(images[:1]).dtype == torch.float32
     assert features.shape == (2, 768) and network(images[:2]).shape == (2, 100)
 
 

@@ -1,6 +1,6 @@
 """Started by test_many_processes.py under torchrun, or called there as one process; results go into a folder.
 
-    torchrun --nproc-per-node 2 tests/two_processes.py compute FOLDER  # draws, gradients, weights, evaluations
+    torchrun --nproc-per-node 2 tests/two_processes.py compute FOLDER  # draws, gradients, evaluations
     torchrun --nproc-per-node 2 tests/two_processes.py clocks FOLDER   # a run; each process has its own clock
     torchrun --nproc-per-node 2 tests/two_processes.py die FOLDER      # the second ends in its third step
 """
@@ -116,8 +116,12 @@ def clocks(folder):
     def slow(*arguments):
         now[0] += 70 if RANK else 25
         return train_step(*arguments)
+
+    def noted(out, about, run):
+        saves.append(run.step)
+        save(out, about, run)
     script.time, script.train_step, script.SELECTION_STEPS = SimpleNamespace(time=lambda: now[0]), slow, 1
-    script.save = lambda out, about, run: saves.append(run.step) or save(out, about, run)
+    script.save = noted
     script.main(["--smoke", "--batch-size", "16", "--attack-steps", "1", "--max-steps", "8", "--eval-every",
                  "4/68", "--save-minutes", "1", "--out", str(folder)])
     if RANK == 0:
