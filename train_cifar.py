@@ -42,6 +42,7 @@ import csv
 import math
 import mmap
 import os
+import re
 import sys
 import time
 import zipfile
@@ -291,11 +292,11 @@ def build_model(arch, num_classes, dataset="cifar10"):
     input. eval_autoattack.py imports this function, from this file or from your copy (`--script`). Raises
     InputError for an unknown arch.
     """
-    _, depth, width = (*arch.split("-"), "", "")[:3]
+    wrn = re.fullmatch(r"wrn-([1-9]\d+)-([1-9]\d*)", arch)
     if arch == "vit-b-2":
         model = ViT(num_classes)
-    elif arch == f"wrn-{depth}-{width}" and depth.isdecimal() and width.isdecimal() and int(depth) % 6 == 4:
-        model = WideResNet(int(depth), int(width), num_classes)
+    elif wrn and int(wrn[1]) % 6 == 4:
+        model = WideResNet(int(wrn[1]), int(wrn[2]), num_classes)
     else:
         raise InputError(f"--arch {arch}: expected vit-b-2, or wrn-DEPTH-WIDTH with DEPTH = 6n + 4")
     model.set_normalisation(DATASETS[dataset].mean, DATASETS[dataset].std)
@@ -575,6 +576,8 @@ def map_npz_member(path, name):
             file.seek(int(lengths.sum()), os.SEEK_CUR)
             np.lib.format.read_magic(file)  # from here on it is an .npy file
             shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
+            if dtype.hasobject:  # their addresses would be whatever the file says
+                raise ValueError("it holds objects")
             return np.memmap(path, dtype, "r", file.tell(), shape, order="F" if fortran_order else "C")
     except Exception as error:  # a damaged file can fail in any way
         raise InputError(f"{path}: expected 'image' and 'label' as from numpy.savez, but {name!r} cannot be "
@@ -837,7 +840,8 @@ def reduce_recent(run, names, world):
     for step, numbers in enumerate(run.recent, run.step - len(run.recent) + 1):
         if not numbers.isfinite().all():
             raise FloatingPointError(f"step {step}: not finite: {dict(zip(names, numbers.tolist()))}")
-    if not all(weight.isfinite().all() for weight in run.model.parameters()):
+    weights = [weight for group in run.optimizer.param_groups for weight in group["params"]]
+    if not all(weight.isfinite().all() for weight in weights):
         raise FloatingPointError(f"step {run.step}: a weight is not finite")
 
 

@@ -836,7 +836,8 @@ def reduce_recent(run, names, world):
     for step, numbers in enumerate(run.recent, run.step - len(run.recent) + 1):
         if not numbers.isfinite().all():
             raise FloatingPointError(f"step {step}: not finite: {dict(zip(names, numbers.tolist()))}")
-    if not all(weight.isfinite().all() for weight in run.model.parameters()):
+    weights = [weight for group in run.optimizer.param_groups for weight in group["params"]]
+    if not all(weight.isfinite().all() for weight in weights):
         raise FloatingPointError(f"step {run.step}: a weight is not finite")
 
 

@@ -140,8 +140,8 @@ def bad_npz_files(folder):
     yield ("compressed", lambda: np.savez_compressed(path, image=image, label=label),
            mapped + ".*it is compressed")
     yield ("pickled images", lambda: np.savez(path, image=np.array([{}, []], object), label=label),
-           "image is object")
-    yield ("pickled labels", lambda: np.savez(path, image=image, label=np.array(5 * [{}])), "label object")
+           "object")
+    yield "pickled labels", lambda: np.savez(path, image=image, label=np.array(5 * [{}])), "object"
     whole = write_npz(folder / "whole.npz", 5).read_bytes()
     yield "cut off", lambda: path.write_bytes(whole[:9000]), mapped
     yield "no zip", lambda: path.write_bytes(b"nothing"), mapped

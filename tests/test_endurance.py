@@ -13,20 +13,33 @@ import train_cifar
 import train_imagenet
 from kill_twenty_times import compare, kill_once, log_rows, start
 
-# 20 steps, with an epoch's end behind step 17 or 18, and evaluations after steps 10 and 20.
-FLAGS = {train_cifar: ["--batch-size", "64", "--attack-steps", "1", "--eval-every", "10/17"],
+# 18 steps, with an epoch's end behind step 17, and evaluations after steps 9 and 18.
+FLAGS = {train_cifar: ["--batch-size", "64", "--attack-steps", "1", "--eval-every", "9/17"],
          train_imagenet: ["--image-size", "32", "--batch-size", "24", "--synthetic-fraction", "0.5",
-                          "--attack-steps", "1", "--eval-every", "10/17", "--workers", "1"]}
+                          "--attack-steps", "1", "--eval-every", "9/17", "--workers", "1"]}
 BOTH = pytest.mark.parametrize("script", FLAGS, ids=lambda script: script.__name__)
 
 
 @pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """As in the processes that kill_twenty_times.py starts: it decides in which order sums are taken."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
+def quick_evaluations():
+    """Here, and in the processes: see `process`."""
+    before = {script: script.SELECTION_STEPS for script in FLAGS}
+    for script in FLAGS:
+        script.SELECTION_STEPS = 2
     yield
-    torch.set_num_threads(before)
+    for script in FLAGS:
+        script.SELECTION_STEPS = before[script]
+
+
+@pytest.fixture(scope="module")
+def process(tmp_path_factory):
+    """A function: script -> a file that does what `python script` does, with quick evaluations."""
+    def write(script):
+        path, root = tmp_path_factory.mktemp("process") / "run.py", Path(script.__file__).parent
+        path.write_text(f"import sys\nsys.path.insert(0, {str(root)!r})\nimport {script.__name__} as script\n"
+                        "script.SELECTION_STEPS = 2\nscript.main()\n")
+        return str(path)
+    return write
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +53,7 @@ def images(tmp_path_factory):
 @pytest.fixture(scope="module")
 def flags(images):
     """A function: script, folder of the run, further flags -> all flags."""
-    def all_flags(script, out, *more, steps=20):
+    def all_flags(script, out, *more, steps=18):
         data = images if script is train_imagenet else []
         return ["--smoke", *FLAGS[script], *data, "--max-steps", str(steps), "--out", str(out), *more]
     return all_flags
@@ -63,20 +76,17 @@ def saved_step(out):
     return torch.load(out / "last.pt", weights_only=True)["step"]
 
 
-def file_name(script):
-    return Path(script.__file__).name
-
-
 # ----------------------------------------------------------------------------------------------------- kills
 
 @BOTH
-def test_a_killed_run_continues_to_the_same_bits_and_the_same_log(script, flags, undisturbed, tmp_path):
+def test_a_killed_run_continues_to_the_same_bits_and_the_same_log(
+        script, flags, process, undisturbed, tmp_path):
     """SIGKILL at a random moment and while a checkpoint is being written. The worker process of
     train_imagenet.py outlives the kill by a few seconds and holds the folder's lock for so long."""
     rng, command = random.Random(0), flags(script, tmp_path)
-    kill_once(file_name(script), command, tmp_path, False, rng)
-    step, writing = kill_once(file_name(script), command, tmp_path, True, rng)
-    assert writing and step < 20, "last.pt is whole, although its successor was in the making"
+    kill_once(process(script), command, tmp_path, False, rng)
+    step, writing = kill_once(process(script), command, tmp_path, True, rng)
+    assert writing and step < 18, "last.pt is whole, although its successor was in the making"
     script.main(command)
     assert compare(undisturbed(script), tmp_path) == [] and not (tmp_path / "last.pt.tmp").exists()
     assert len(log_rows(tmp_path)) == 3
@@ -84,9 +94,9 @@ def test_a_killed_run_continues_to_the_same_bits_and_the_same_log(script, flags,
 
 @BOTH
 def test_a_second_run_in_the_same_folder_is_refused_and_a_killed_one_locks_nothing(
-        script, flags, tmp_path, monkeypatch):
+        script, flags, process, tmp_path, monkeypatch):
     command, path = flags(script, tmp_path, "--save-minutes", "0"), tmp_path / "last.pt"
-    first = start(file_name(script), command)
+    first = start(process(script), command)
     try:
         while not (path.exists() and saved_step(tmp_path) > 0):
             assert first.poll() is None
@@ -145,7 +155,6 @@ def test_checkpoints_are_written_by_the_clock(script, flags, tmp_path, monkeypat
     monkeypatch.setattr(script, "time", SimpleNamespace(time=lambda: now[0]))
     monkeypatch.setattr(script, "train_step", slow)
     monkeypatch.setattr(script, "save", noted)
-    monkeypatch.setattr(script, "SELECTION_STEPS", 1)
     script.main(flags(script, tmp_path, "--batch-size", "16", "--save-minutes", "1", steps=8))
     assert saves == [0, 3, 6, 8]
 
@@ -176,7 +185,6 @@ def test_what_is_not_finite_stops_the_run_with_its_step_and_nothing_of_it_is_sav
         if len(calls) == 4 and what == "a weight":
             spoil(model)
         return numbers
-    monkeypatch.setattr(script, "SELECTION_STEPS", 1)
     monkeypatch.setattr(script, "train_step", breaking)
     expected = {"a loss": r"^step 4: not finite: \{'loss': nan, 'trades': nan, ",
                 "a weight": "^step 4: a weight is not finite$"}

@@ -18,15 +18,6 @@ ROOT = Path(__file__).parent.parent
 NAMES = pytest.mark.parametrize("name", two_processes.SETTINGS)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """As in the processes."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def torchrun(job, folder, processes=2):
     """A job of two_processes.py on several processes of this machine. Returns the finished launcher."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes),

@@ -13,15 +13,6 @@ import train_cifar
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="run it by hand")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """The fastest for networks this small."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def run(name, folder, monkeypatch):
     """A job's rows: {what: (measured, as expected)}."""
     monkeypatch.setattr(on_a_gpu, "OUT", SimpleNamespace(report=folder / "report.md", job=name))

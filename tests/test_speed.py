@@ -18,15 +18,6 @@ SETTINGS = {train_cifar: ["--smoke", "--batch-size", "8", "--attack-steps", "2",
                              "--workers", "0"]}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """The fastest for networks this small."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def setting(script, folder, *more):
     """Arguments, the first four batches, the teacher, and a function that builds a run."""
     if script is train_cifar:

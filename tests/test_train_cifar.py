@@ -123,6 +123,7 @@ def die_in_step(monkeypatch, number):
 
 # ----------------------------------------------------------------------------------------- exact continuation
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGKILL")
 def test_a_killed_run_continues_to_the_same_bits(ten_steps, finished, tmp_path):
     """SIGKILL in the seventh step, then the same command again; last.pt is of the sixth."""
     code = """if True:
