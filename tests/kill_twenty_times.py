@@ -27,8 +27,8 @@ SETTINGS = {
     "train_imagenet.py": ["--smoke", "--image-size", "32", "--batch-size", "16", "--attack-steps", "1",
                           "--eval-every", "0.32", "--workers", "1"],
 }
-# What one run may have in another way than the other: where it lies, and when it saves.
-FREE = ("/args/out", "/args/data", "/args/synthetic", "/args/save_minutes")
+# What one run may have in another way than the other: where it lies, who reads, and when it saves.
+FREE = ("/args/out", "/args/data", "/args/synthetic", "/args/workers", "/args/save_minutes")
 
 
 def leaves(value, name=""):

@@ -13,31 +13,38 @@ import train_cifar
 import train_imagenet
 from kill_twenty_times import compare, kill_once, log_rows, start
 
-# 18 steps, with an epoch's end behind step 17, and evaluations after steps 9 and 18.
-FLAGS = {train_cifar: ["--batch-size", "64", "--attack-steps", "1", "--eval-every", "9/17"],
-         train_imagenet: ["--image-size", "32", "--batch-size", "24", "--synthetic-fraction", "0.5",
-                          "--attack-steps", "1", "--eval-every", "9/17", "--workers", "1"]}
+# 16 steps, with an epoch's end after step 13, and evaluations after steps 8 and 16.
+FLAGS = {train_cifar: ["--batch-size", "16", "--attack-steps", "1", "--eval-every", "8/13"],
+         train_imagenet: ["--image-size", "32", "--batch-size", "32", "--attack-steps", "1",
+                          "--eval-every", "8/13", "--workers", "0"]}
 BOTH = pytest.mark.parametrize("script", FLAGS, ids=lambda script: script.__name__)
+# Before a run, here and in processes: quick evaluations, and for train_cifar.py 200 images.
+LIGHTER = """
+script.SELECTION_STEPS = 2
+if script.__name__ == "train_cifar":
+    draw = script.draw_smoke_images
+    script.draw_smoke_images = lambda count, seed: draw(200, seed)
+"""
 
 
 @pytest.fixture(autouse=True, scope="module")
-def quick_evaluations():
-    """Here, and in the processes: see `process`."""
-    before = {script: script.SELECTION_STEPS for script in FLAGS}
-    for script in FLAGS:
-        script.SELECTION_STEPS = 2
-    yield
-    for script in FLAGS:
-        script.SELECTION_STEPS = before[script]
+def lighter():
+    """Both scripts with LIGHTER."""
+    with pytest.MonkeyPatch.context() as patched:
+        for script in FLAGS:
+            for name in ("SELECTION_STEPS", "draw_smoke_images")[:1 + (script is train_cifar)]:
+                patched.setattr(script, name, getattr(script, name))  # to have it back
+            exec(LIGHTER, {"script": script})
+        yield
 
 
 @pytest.fixture(scope="module")
 def process(tmp_path_factory):
-    """A function: script -> a file that does what `python script` does, with quick evaluations."""
+    """A function: script -> a file that does what `python script` does, with LIGHTER."""
     def write(script):
         path, root = tmp_path_factory.mktemp("process") / "run.py", Path(script.__file__).parent
         path.write_text(f"import sys\nsys.path.insert(0, {str(root)!r})\nimport {script.__name__} as script\n"
-                        "script.SELECTION_STEPS = 2\nscript.main()\n")
+                        f"{LIGHTER}script.main()\n")
         return str(path)
     return write
 
@@ -53,8 +60,8 @@ def images(tmp_path_factory):
 @pytest.fixture(scope="module")
 def flags(images):
     """A function: script, folder of the run, further flags -> all flags."""
-    def all_flags(script, out, *more, steps=18):
-        data = images if script is train_imagenet else []
+    def all_flags(script, out, *more, steps=16):
+        data = [] if script is train_cifar else images
         return ["--smoke", *FLAGS[script], *data, "--max-steps", str(steps), "--out", str(out), *more]
     return all_flags
 
@@ -72,6 +79,11 @@ def undisturbed(flags, tmp_path_factory):
     return folder
 
 
+def with_worker(script):
+    """One for train_imagenet.py; the other script has none."""
+    return ["--workers", "1"] if script is train_imagenet else []
+
+
 def saved_step(out):
     return torch.load(out / "last.pt", weights_only=True)["step"]
 
@@ -81,12 +93,14 @@ def saved_step(out):
 @BOTH
 def test_a_killed_run_continues_to_the_same_bits_and_the_same_log(
         script, flags, process, undisturbed, tmp_path):
-    """SIGKILL at a random moment and while a checkpoint is being written. The worker process of
-    train_imagenet.py outlives the kill by a few seconds and holds the folder's lock for so long."""
+    """SIGKILL at a random moment and while a checkpoint is being written. A worker process, as
+    train_imagenet.py has it here, outlives the kill by a few seconds and holds the folder's lock for so
+    long."""
     rng, command = random.Random(0), flags(script, tmp_path)
-    kill_once(process(script), command, tmp_path, False, rng)
-    step, writing = kill_once(process(script), command, tmp_path, True, rng)
-    assert writing and step < 18, "last.pt is whole, although its successor was in the making"
+    killed = command + with_worker(script)
+    kill_once(process(script), killed, tmp_path, False, rng)
+    step, writing = kill_once(process(script), killed, tmp_path, True, rng)
+    assert writing and step < 16, "last.pt is whole, although its successor was in the making"
     script.main(command)
     assert compare(undisturbed(script), tmp_path) == [] and not (tmp_path / "last.pt.tmp").exists()
     assert len(log_rows(tmp_path)) == 3
@@ -96,7 +110,7 @@ def test_a_killed_run_continues_to_the_same_bits_and_the_same_log(
 def test_a_second_run_in_the_same_folder_is_refused_and_a_killed_one_locks_nothing(
         script, flags, process, tmp_path, monkeypatch):
     command, path = flags(script, tmp_path, "--save-minutes", "0"), tmp_path / "last.pt"
-    first = start(process(script), command)
+    first = start(process(script), command + with_worker(script))
     try:
         while not (path.exists() and saved_step(tmp_path) > 0):
             assert first.poll() is None
@@ -133,7 +147,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(flags, tmp_path, monkeypat
     monkeypatch.setattr(script, "train_step", filling)
     try:
         with pytest.raises((OSError, RuntimeError)):
-            script.main(flags(script, tmp_path, "--batch-size", "16", "--save-minutes", "0"))
+            script.main(flags(script, tmp_path, "--save-minutes", "0"))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert len(calls) == 4 and saved_step(tmp_path) == 3
@@ -155,7 +169,7 @@ def test_checkpoints_are_written_by_the_clock(script, flags, tmp_path, monkeypat
     monkeypatch.setattr(script, "time", SimpleNamespace(time=lambda: now[0]))
     monkeypatch.setattr(script, "train_step", slow)
     monkeypatch.setattr(script, "save", noted)
-    script.main(flags(script, tmp_path, "--batch-size", "16", "--save-minutes", "1", steps=8))
+    script.main(flags(script, tmp_path, "--save-minutes", "1", steps=8))
     assert saves == [0, 3, 6, 8]
 
 
@@ -175,7 +189,6 @@ def test_what_is_not_finite_stops_the_run_with_its_step_and_nothing_of_it_is_sav
     train_step, calls = script.train_step, []
     whole, command = tmp_path / "whole", flags(script, tmp_path / "run", steps=5)
     more = ["--batch-size", "16", "--save-minutes", "0", "--eval-every", "1/100"]
-    more += ["--workers", "0"] if script is train_imagenet else []
 
     def breaking(model, *rest):
         calls.append(1)
