@@ -8,7 +8,7 @@ two ways. The images that it generates are additional training data (DM-AT, arXi
 features describe what an image shows, so the classifier learns features of the attacked image from which they
 can be predicted. At test time the classifier stands alone and costs nothing extra.
 
-    min E[ max CE(f(x'), y) ]   over max |x' - x| <= eps        (eq. 1) adversarial training
+    min E[ max_x' CE(f(x'), y) ]   where |x' - x| <= eps        (eq. 1) adversarial training
     x' <- P(x' + step * sign(gradient of the loss at x'))       (eq. 2) PGD, the attack; P: into the eps-ball
 
     L        = L_TRADES + lambda * L_DRA                        (eq. 4)
@@ -65,7 +65,7 @@ from edm_encoder import EDMEncoder, InputError, check_file, load_edm_encoder
 # -----------------------------------------------------------------------------------------------------------
 # Settings. Each number says where it comes from. "stated": in the paper, or in what it refers to.
 # "inherited": from DM-AT's code, whose setup the paper says it follows. "chosen": by us, where the paper
-# leaves it open. What changes from row to row of the paper's tables is a flag; the rest is here.
+# leaves it open. What one may want to vary is a flag, see `parse_args`; the rest is here.
 
 # Mean and deviation per RGB channel (inherited). The teacher is the EDM that drew DM-AT's images (stated).
 DATASETS = {
@@ -120,18 +120,18 @@ def parse_args(argv=None):
                                      description=__doc__.split("\n\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
-    # Data. Robustness needs far more images than the real ones. 0.8 is arXiv 2404.09349's, in DM-AT's recipe.
+    # Data. Robustness needs far more images than the real ones. The share 0.8 is from arXiv 2404.09349.
     add("--dataset", choices=list(DATASETS), default="cifar10", help="sets classes, normalisation, teacher")
     add("--data-dir", default="data", help="train.npz and test.npz (see `open_npz`), else downloaded")
     add("--synthetic", nargs="+", default=[], metavar="FILE", help="DM-AT's .npz files, any number of parts")
-    add("--synthetic-fraction", type=fraction, help="of a batch (up to 1M images 0.7: inherited; over 0.8)")
+    add("--synthetic-fraction", type=fraction, help="of each batch (0.7: inherited; over 1M images: 0.8)")
     # Model and optimisation.
     add("--arch", default="wrn-34-10", help="wrn-DEPTH-WIDTH with DEPTH = 6n + 4, or vit-b-2")
     add("--epochs", type=count, default=200, help="of ceil(real images / batch size) steps (stated per row)")
-    add("--max-steps", type=count, help="number of steps, in place of --epochs")
+    add("--max-steps", type=count, help="in place of --epochs; within one epoch the rate is lr / 250,000")
     add("--batch-size", type=count, default=128, help="over all processes (stated per row)")
     add("--optimizer", choices=list(OPTIMIZERS), default="sgd", help="for a ViT give lion (stated)")
-    add("--lr", type=positive, help="peak learning rate (sgd 0.2: inherited; lion 1e-4: chosen)")
+    add("--lr", type=positive, help="peak rate (sgd 0.2: inherited for batches of 512; lion 1e-4: chosen)")
     add("--weight-decay", type=number, help="(sgd 5e-4: inherited; lion 0.5: stated)")
     add("--ema-decay", type=fraction, default=0.995, help="tau of the weight averaging (inherited)")
     add("--label-smoothing", type=fraction, default=0.1, help="in the cross-entropy (inherited)")
@@ -151,11 +151,11 @@ def parse_args(argv=None):
     add("--teacher-unconditional", action="store_true", help="do not tell the teacher the label")
     add("--extra-sigma", action="store_true", help="one more target, at a random sigma (stated for over 1M)")
     # Running. Only backbone and teacher compute in bfloat16; logits, projector and losses stay in float32.
-    add("--out", default="runs/cifar", help="folder for last.pt, best.pt and log.csv")
+    add("--out", default="runs/cifar", help="folder for last.pt, best.pt, log.csv; all machines share it")
     add("--seed", type=whole, default=0, help="of every random draw")
     add("--device", choices=["cuda", "cpu"], default=DEVICE, help="where to run")
-    add("--amp", action=argparse.BooleanOptionalAction, help="bfloat16, else float32 (default: on a GPU)")
-    add("--no-compile", action="store_true", help="no torch.compile (default: compiled on a GPU)")
+    add("--amp", action=argparse.BooleanOptionalAction, help="bfloat16, else float32; if not given, on a GPU")
+    add("--no-compile", action="store_true", help="no torch.compile, which only a GPU uses")
     add("--eval-every", type=positive, default=1.0, help="epochs between evaluations (inherited)")
     add("--save-minutes", type=number, default=5, help="minutes between checkpoints: what a kill can lose")
     add("--smoke", action="store_true", help="a minute on a CPU: tiny network, drawn images, random teacher")
@@ -197,7 +197,7 @@ class Classifier(nn.Module):
     def features(self, images):
         """images [B, 3, 32, 32] in [0, 1] -> penultimate features enc(x) [B, D], float32.
 
-        Autocast ends here: bfloat16 has three digits, too few for logits, softmax, KL and cosine.
+        Autocast ends here: bfloat16 has 8 significant bits, too few for logits, softmax, KL and cosine.
         """
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.amp):
             return self.penultimate((images - self.mean) / self.std).float()
@@ -373,7 +373,7 @@ def trades_attack(model, images, start, eps, step_size, steps, clean_logits=None
         with torch.no_grad():
             clean_logits = model(images)
     clean_logits = clean_logits.detach()  # p(x) is held fixed
-    # The sum, so that no image's gradient depends on how many others there are. Its sign would not.
+    # The sum, as in DM-AT. The mean would give the same attack, since only the sign of the gradient counts.
     adv = pgd(lambda x: kl_divergence(clean_logits, model(x), "sum"), images, start, eps, step_size, steps)
     set_batchnorm(model, track_running_stats=True)
     for weight in weights:
@@ -483,8 +483,8 @@ def build_optimizer(args, *modules):
 def build_scheduler(args, optimizer, epochs):
     """torch's OneCycleLR, to be stepped once per EPOCH (inherited): the rate rises from lr / 25 to lr in the
     first 2.5 % of the epochs and then falls to lr / 250,000, both along half a cosine. SGD's momentum goes
-    the other way, from 0.95 to 0.85 and back, whatever the optimizer was built with. A run of one epoch has
-    the last of these rates, so it hardly trains."""
+    the other way, from 0.95 to 0.85 and back, whatever the optimizer was built with. A run of fewer than 40
+    epochs begins on the way down; a run of one epoch has only the last rate, so it hardly trains."""
     # With exactly 40 epochs, where 0.025 * 40 = 1, torch would divide by zero: hence 1e-9.
     return torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, epochs, pct_start=WARMUP + 1e-9,
                                                cycle_momentum=args.optimizer == "sgd")
@@ -536,9 +536,9 @@ def barrier():
 
 
 def average_gradients(parameters):
-    """Mean gradient over all processes. Not by DistributedDataParallel, which broadcasts buffers before each
-    forward: two forwards before one backward then fail. BatchNorm normalises the share of each process by
-    itself, as in DM-AT's DataParallel."""
+    """Mean gradient over all processes. This is not left to DistributedDataParallel, which broadcasts buffers
+    before each forward: two forwards before one backward then fail. BatchNorm normalises the share of each
+    process by itself, as in DM-AT's DataParallel."""
     if dist.is_initialized():
         for parameter in parameters:
             if parameter.grad is not None:
@@ -676,7 +676,7 @@ class Data:
     def read(self, index):
         """Images number `index`, uint8 [B, 32, 32, 3], and their labels int64 [B]."""
         part_of = np.searchsorted(self.ends, index, side="right")
-        # Counted from the end of its part, an image's number is negative, as numpy takes it.
+        # self.ends[k] is where part k ends, so i - self.ends[k] is a negative index into part k.
         pairs = [[array[i - self.ends[k]] for array in self.parts[k]] for k, i in zip(part_of, index)]
         images, labels = map(np.stack, zip(*pairs))
         return images, labels
@@ -745,8 +745,8 @@ def crop_and_flip(images, corner, flip):
 def margin_loss(logits, labels):
     """Best wrong logit minus the right one (Carlini & Wagner 2017), at most 0, summed over the batch.
 
-    The cross-entropy has almost no gradient where the network is sure of itself. A difference of logits
-    always has, so this attack is usually the stronger one. Cut off at 0 as in DM-AT: an image that is already
+    The cross-entropy has almost no gradient where the network is sure of itself. A difference of logits has
+    one there, so this attack is usually the stronger one. Cut off at 0 as in DM-AT: an image that is already
     misclassified adds no gradient and stays where it is. logits [B, classes], labels [B].
     """
     right = logits.gather(1, labels[:, None]).squeeze(1)
@@ -757,7 +757,7 @@ def margin_loss(logits, labels):
 def evaluate(averaged, data, args):
     """Clean accuracy, and accuracy under PGD on the margin loss, in percent, of the averaged model on the
     held-out images. All processes take part, and all get the same numbers."""
-    for buffer in averaged.buffers():  # BatchNorm's running statistics are those of process 0
+    for buffer in averaged.buffers():  # give all processes the BatchNorm statistics of process 0
         all_reduce(buffer.mul_(data.rank == 0))
     right = torch.zeros(2)
     for images, labels, start in data.holdout_batches():
@@ -779,7 +779,7 @@ def write_atomically(path, write):
     os.replace(temporary, path)
 
 
-# What last.pt calls the parts of a run. The first two names are DM-AT's. To be used are the averaged weights.
+# What last.pt calls the parts of a run. The first two names are DM-AT's. Use the averaged weights.
 PARTS = {"model_state_dict": "averaged", "unaveraged_model_state_dict": "model", "projector": "projectors",
          "optimizer": "optimizer", "scheduler": "scheduler"}
 VALUES = ("step", "log", "recent", "best")  # and its plain values, see `build_run`
@@ -870,9 +870,10 @@ def lock(folder):
 def load_teacher(args):
     """The frozen diffusion encoder g. Raises InputError where it does not fit the data.
 
-    Another teacher is put in here, or given to `main`: a frozen module in evaluation mode with `width`. It is
-    called as teacher(images [B, 3, 32, 32] in [0, 1], labels [B] or None, sigma: a float or [B], noise:
-    N(0, 1) like images). The images are clean; it adds the noise itself. It returns features [B, width].
+    To use another teacher, return it here or give it to `main`: a frozen module in evaluation mode with
+    `width`. It is called as teacher(images [B, 3, 32, 32] in [0, 1], labels [B] or None, sigma: a float or
+    [B], noise: N(0, 1) like images). The images are clean; it adds the noise itself. It returns features
+    [B, width].
     """
     classes = DATASETS[args.dataset].classes
     if args.teacher is None:  # the smoke run: features of a random network are a poor target, but they do
@@ -915,8 +916,8 @@ def build_run(args, data, teacher=None, total_steps=1, build=None):
 
 
 def compile_parts(args, model, teacher=None):
-    """On a GPU, compile what takes the time: the backbone, and the networks inside the teacher. Not by
-    torch.compile(module), which would put a prefix in front of the parameters' names."""
+    """On a GPU, compile what takes the time: the backbone, and the networks inside the teacher. The module
+    itself is not: torch.compile(module) would put a prefix in front of the parameters' names."""
     if args.device == "cuda" and not args.no_compile:
         model.features = torch.compile(model.features, dynamic=False)
         for network in teacher.children() if teacher else ():
@@ -926,7 +927,7 @@ def compile_parts(args, model, teacher=None):
 def print_plan(args, data, teacher, total_steps):
     """What will be trained."""
     print(f"{args.arch} in {'bfloat16' if args.amp else 'float32'}, aligned with",
-          f"{args.teacher_layer} of {args.teacher or 'a random network'}" if teacher else "nothing")
+          f"{teacher.width} features of {type(teacher).__name__}" if teacher else "nothing")
     print(f"{data.n_real:,} real, {data.n_synthetic:,} synthetic and {data.n_holdout:,} held-out images")
     print(f"{total_steps:,} steps = {total_steps / data.steps_per_epoch:g} epochs; in each step",
           f"{data.batch_real} real + {data.batch_synthetic} synthetic images", flush=True)
@@ -964,7 +965,7 @@ def train(args, data, teacher, run, out, total_steps):
         logging = epoch_ends or evaluating or run.step % LOG_EVERY == 0
         overdue = data.rank == 0 and time.time() - saved_at >= 60 * args.save_minutes
         saving = final or all_reduce(torch.tensor(int(overdue))) > 0  # the clock of process 0 decides for all
-        if logging or saving:
+        if logging or saving:  # before saving too: nothing that is not finite may get into last.pt
             reduce_recent(run, list(numbers), data.world)
         if logging:
             speed = (run.step - row_step) / (time.time() - row_at)  # steps per second
@@ -998,7 +999,7 @@ def keep_best(args, run, row):
 
 def main(argv=None, teacher=None, build_model=None):
     """The command line. A program may hand over a teacher in place of `load_teacher`'s, and a function in
-    place of `build_model`, see `build_run`."""
+    place of `build_model`, see `build_run`. They are no part of the recipe that `resume` compares."""
     args = parse_args(argv)
     device, rank, world, local = start_processes(args)
     if local > 0:  # the first process of each machine goes first, as it may have to download

@@ -23,8 +23,8 @@ To see it run, in about a minute on a CPU, without data or downloads:
 
     python train_imagenet.py --smoke
 
-The defaults are the paper's row "DM-AT+DRA, ViT-B/16" (paper: 76.87 % clean, 55.16 % AutoAttack). Its
-ConvNeXt-B row (paper: 76.03 / 56.07) differs in the backbone:
+With images and teacher as below, the defaults aim at the paper's row "DM-AT+DRA, ViT-B/16" (paper: 76.87 %
+clean, 55.16 % AutoAttack). Its ConvNeXt-B row (paper: 76.03 / 56.07) differs in the backbone:
 
     torchrun --nproc-per-node 8 train_imagenet.py --data imagenet --synthetic lightningdit-4m \
         --teacher DIT.pt VAE.pt STATS.pt [--arch convnext_base.dinov3_lvd1689m]
@@ -64,8 +64,8 @@ from dit_encoder import DiTEncoder, InputError, LightningDiT, VAEEncoder, load_d
 
 # -----------------------------------------------------------------------------------------------------------
 # Settings. Each number says where it comes from. "stated": in the paper, or in what it refers to.
-# "inherited": from DM-AT, whose recipe the paper builds on. "chosen": by us, where the paper leaves it open.
-# What changes from row to row of the paper's tables is a flag; the rest is here.
+# "chosen": by us, where the paper leaves it open, if possible as DM-AT has it.
+# What one may want to vary is a flag, see `parse_args`; the rest is here.
 
 CROP_AREA = (0.08, 1.0)  # share of the image in a random resized crop (chosen: torchvision's default)
 WARMUP = 0.025  # share of the steps before averaging (chosen: DM-AT's)
@@ -73,8 +73,8 @@ RESIZE = 256 / 224  # shorter side over centre crop in evaluations: RobustBench'
 HOLDOUT = 1024  # evenly spaced training images, never trained on, to select best.pt (chosen); at most a tenth
 SELECTION_STEPS = 40  # PGD steps on the margin loss for that selection (chosen: DM-AT's)
 PROJECTOR_WIDTH = 2048  # hidden width of h: REPA's, arXiv 2410.06940; the three layers are stated
-# Two channels of LightningDiT-XL/1 are far too large in every image. They say nothing about any one of them,
-# but would decide every cosine, so they are set to zero (stated).
+# Two channels of LightningDiT-XL/1 are far larger than the others, whatever the image shows. They would
+# decide every cosine and tell no image from another, so they are set to zero (stated).
 ZERO_CHANNELS = (1053, 259)
 LOG_EVERY = 50  # steps between rows of log.csv
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -114,7 +114,7 @@ def parse_args(argv=None):
     add("--synthetic-fraction", type=fraction, default=0.7, help="of a batch (chosen: DM-AT's)")
     add("--image-size", type=count, default=224, help="pixels (stated: RobustBench's standard)")
     add("--workers", type=whole, default=min(16, os.cpu_count() or 1), help="image readers for each process")
-    # Model. Lion moves every weight by the rate, however small its gradient: a rate far below SGD's will do.
+    # Model. Lion moves every weight by the rate, however small its gradient: so the rate is far below SGD's.
     add("--arch", default="vit_base_patch16_dinov3.lvd1689m", help="a timm model without BatchNorm (stated)")
     add("--no-pretrained", action="store_true", help="start from random weights")
     add("--epochs", type=count, default=100, help="of ceil(real images / batch size) steps (stated)")
@@ -130,7 +130,8 @@ def parse_args(argv=None):
     add("--eps", type=fraction, default="4/255", help="largest change of a pixel in [0,1] (stated)")
     add("--step-size", type=positive, default="2/255", help="of the attack (chosen)")
     add("--attack-steps", type=whole, default=3, help="PGD steps (stated); 0: no attack, x' = x")
-    # Alignment. Middle layers say most about what an image shows: early ones see pixels, late ones draw them.
+    # Alignment. Middle layers say most about what an image shows: early ones stay close to the input, late
+    # ones to the output.
     add("--dra-weight", type=number, default=1.0, help="lambda, eq. (4) (chosen); 0: no alignment")
     add("--teacher", nargs=3, metavar=("DIT", "VAE", "STATS"), help="LightningDiT-XL/1 and VA-VAE (stated)")
     add("--teacher-t", type=time_of_noise, default=0.9, help="1 is the clean image, 0 pure noise (chosen)")
@@ -138,11 +139,11 @@ def parse_args(argv=None):
     add("--teacher-unconditional", action="store_true", help="do not tell the teacher the label")
     add("--cache-targets", metavar="DIR", help="compute targets only once, not in each step")
     # Running. Only backbone and teacher compute in bfloat16; logits, projector and losses stay in float32.
-    add("--out", default="runs/imagenet", help="folder for last.pt, best.pt and log.csv")
+    add("--out", default="runs/imagenet", help="folder for last.pt, best.pt, log.csv; all machines share it")
     add("--seed", type=whole, default=0, help="of every random draw")
     add("--device", choices=["cuda", "cpu"], default=DEVICE, help="where to run")
-    add("--amp", action=argparse.BooleanOptionalAction, help="bfloat16, else float32 (default: on a GPU)")
-    add("--no-compile", action="store_true", help="no torch.compile (default: compiled on a GPU)")
+    add("--amp", action=argparse.BooleanOptionalAction, help="bfloat16, else float32; if not given, on a GPU")
+    add("--no-compile", action="store_true", help="no torch.compile, which only a GPU uses")
     add("--eval-every", type=positive, default=1.0, help="epochs between evaluations (chosen: DM-AT's)")
     add("--save-minutes", type=number, default=5, help="minutes between checkpoints: what a kill can lose")
     add("--smoke", action="store_true", help="a minute on a CPU: tiny network, drawn images, random teacher")
@@ -172,8 +173,8 @@ def parse_args(argv=None):
 class Classifier(nn.Module):
     """A timm backbone with its normalisation inside.
 
-    A ViT gives tokens [B, T, D], of which the class token and the registers stay out of the mean; a ConvNeXt
-    gives a map [B, D, h, w]. timm's `forward_head` takes the mean and the last norm in each.
+    A ViT gives tokens [B, T, D], a ConvNeXt a map [B, D, h, w]. timm's `forward_head` takes the mean, without
+    the class token and the registers. The last norm comes before it in DINOv3's ViTs, after it in a ConvNeXt.
     """
 
     amp = False  # whether the backbone computes in bfloat16
@@ -189,7 +190,7 @@ class Classifier(nn.Module):
         """images [B, 3, H, W] in [0, 1] -> features enc(x) [B, D], the mean over patches or positions,
         float32.
 
-        Autocast ends here: bfloat16 has three digits, too few for logits, softmax, KL and cosine.
+        Autocast ends here: bfloat16 has 8 significant bits, too few for logits, softmax, KL and cosine.
         """
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.amp):
             tokens = self.backbone.forward_features((images - self.mean) / self.std)
@@ -279,7 +280,7 @@ def trades_attack(model, images, start, eps, step_size, steps, clean_logits=None
         with torch.no_grad():
             clean_logits = model(images)
     clean_logits = clean_logits.detach()  # p(x) is held fixed
-    # The sum, so that no image's gradient depends on how many others there are. Its sign would not.
+    # The sum, as in DM-AT. The mean would give the same attack, since only the sign of the gradient counts.
     adv = pgd(lambda x: kl_divergence(clean_logits, model(x), "sum"), images, start, eps, step_size, steps)
     for weight in weights:
         weight.requires_grad_(True)
@@ -336,8 +337,8 @@ def train_step(model, averaged, projectors, teacher, optimizer, batch, ema_decay
             adv = trades_attack(model, images, piece.start, args.eps, args.step_size, args.attack_steps,
                                 clean_logits)
 
-        # L_TRADES. Two forwards of B images, as on CIFAR. One of 2B would give the same, with more memory and
-        # with the clean one too late for the attack.
+        # L_TRADES. Two forwards of B images, as on CIFAR. With one of 2B, the attack would need a further
+        # clean forward in front of it.
         adv_features = model.features(adv)  # enc(x'), [B, D]
         adv_logits = model.head(adv_features)
         trades = trades_loss(clean_logits, adv_logits, labels, args.beta, args.label_smoothing)
@@ -451,8 +452,8 @@ def barrier():
 
 
 def average_gradients(parameters):
-    """Mean gradient over all processes. Not by DistributedDataParallel: in a step that costs as much as
-    12 forwards there is little to gain from its overlapping, and pieces of a batch need no special care."""
+    """Mean gradient over all processes. This is not left to DistributedDataParallel: in a step that costs as
+    much as 12 forwards its overlapping gains little, and pieces of a batch need no special care."""
     if dist.is_initialized():
         for parameter in parameters:
             if parameter.grad is not None:
@@ -688,9 +689,9 @@ def cache_targets(args, data, teacher):
     transformer), so without it a step costs a third less. The cache costs two calls of the teacher for each
     image there is: with 4 million synthetic ones, as many as 8 epochs need. What changes against the paper's
     targets: the classifier sees a piece of the image while the target describes its middle, and the noise is
-    the same in every epoch. Both views, since training flips half of its images.
-    A row of zeros is one to do, so any number of processes can go on after a kill. Raises InputError where
-    DIR was made with other settings.
+    the same in every epoch. Each image has two targets, its own and its mirror image's, as training flips
+    half of the images. A row of zeros has not been computed yet, so any number of processes can go on after a
+    kill. Raises InputError where DIR was made with other settings.
     """
     folder, n_images = Path(args.cache_targets), data.ends[-1]
     path, settings = folder / "targets.npy", folder / "targets.json"
@@ -741,8 +742,8 @@ def cache_targets(args, data, teacher):
 def margin_loss(logits, labels):
     """Best wrong logit minus the right one (Carlini & Wagner 2017), at most 0, summed over the batch.
 
-    The cross-entropy has almost no gradient where the network is sure of itself. A difference of logits
-    always has, so this attack is usually the stronger one. Cut off at 0 as in DM-AT: an image that is already
+    The cross-entropy has almost no gradient where the network is sure of itself. A difference of logits has
+    one there, so this attack is usually the stronger one. Cut off at 0 as in DM-AT: an image that is already
     misclassified adds no gradient and stays where it is. logits [B, classes], labels [B].
     """
     right = logits.gather(1, labels[:, None]).squeeze(1)
@@ -753,7 +754,7 @@ def margin_loss(logits, labels):
 def evaluate(averaged, data, args):
     """Clean accuracy, and accuracy under PGD on the margin loss, in percent, of the averaged model on the
     held-out images. All processes take part, and all get the same numbers."""
-    for buffer in averaged.buffers():  # where there are any, those of process 0
+    for buffer in averaged.buffers():  # all processes take those of process 0
         all_reduce(buffer.mul_(data.rank == 0))
     right = torch.zeros(2)
     for images, labels, start in data.holdout_batches():
@@ -775,7 +776,7 @@ def write_atomically(path, write):
     os.replace(temporary, path)
 
 
-# What last.pt calls the parts of a run. The first two names are DM-AT's. To be used are the averaged weights.
+# What last.pt calls the parts of a run. The first two names are DM-AT's. Use the averaged weights.
 PARTS = {"model_state_dict": "averaged", "unaveraged_model_state_dict": "model", "projector": "projectors",
          "optimizer": "optimizer", "scheduler": "scheduler"}
 VALUES = ("step", "log", "recent", "best")  # and its plain values, see `build_run`
@@ -866,10 +867,10 @@ def lock(folder):
 def load_teacher(args, data):
     """The frozen diffusion encoder g. Raises InputError where it does not fit the data.
 
-    Another teacher is put in here: a frozen module in evaluation mode with `width`, `latent_shape` (of its
-    noise), `image_size`, `num_classes` and `amp`. It is called as teacher(images [B, 3, H, W] in [0, 1],
-    labels [B] or None, t, noise: N(0, 1) [B, *latent_shape]). The images are clean; it adds the noise itself.
-    It returns features [B, width].
+    To use another teacher, return it here: a frozen module in evaluation mode with `width`, `latent_shape`
+    (of its noise), `image_size`, `num_classes` and `amp`. It is called as teacher(images [B, 3, H, W] in
+    [0, 1], labels [B] or None, t, noise: N(0, 1) [B, *latent_shape]). The images are clean; it adds the noise
+    itself. It returns features [B, width].
     """
     if args.teacher is None:  # the smoke run: features of a random network are a poor target, but they do
         torch.manual_seed(args.seed)
@@ -878,8 +879,7 @@ def load_teacher(args, data):
         teacher = DiTEncoder(vae, dit, image_size=32)
         teacher.checked = True  # there are no statistics that random latents would have to fit
     else:
-        teacher = load_dit_encoder(*args.teacher, args.teacher_layer, ZERO_CHANNELS, num_heads=16,
-                                   image_size=256)
+        teacher = load_dit_encoder(*args.teacher, args.teacher_layer, ZERO_CHANNELS)
     if teacher.num_classes != len(data.classes) and not args.teacher_unconditional:
         raise InputError(f"{args.teacher[0]}: knows {teacher.num_classes} classes, not {len(data.classes)}; "
                          "--teacher-unconditional drops the labels")
@@ -908,8 +908,8 @@ def build_run(args, data, teacher=None, total_steps=1, pretrained=False):
 
 
 def compile_parts(args, model, teacher=None):
-    """On a GPU, compile what takes the time: the backbone, and the networks inside the teacher. Not by
-    torch.compile(module), which would put a prefix in front of the parameters' names."""
+    """On a GPU, compile what takes the time: the backbone, and the networks inside the teacher. The module
+    itself is not: torch.compile(module) would put a prefix in front of the parameters' names."""
     if args.device == "cuda" and not args.no_compile:
         model.features = torch.compile(model.features, dynamic=False)
         for network in teacher.children() if teacher else ():
@@ -919,7 +919,7 @@ def compile_parts(args, model, teacher=None):
 def print_plan(args, data, teacher, total_steps):
     """What will be trained."""
     print(f"{args.arch} in {'bfloat16' if args.amp else 'float32'}, aligned with",
-          f"block {args.teacher_layer} of {args.teacher or 'a random network'}" if teacher else "nothing")
+          f"{teacher.width} features of {type(teacher).__name__}" if teacher else "nothing")
     print(f"{data.n_real:,} real, {data.n_synthetic:,} synthetic and {data.n_holdout:,} held-out images")
     print(f"{total_steps:,} steps = {total_steps / data.steps_per_epoch:g} epochs; in each step",
           f"{data.batch_real} real + {data.batch_synthetic} synthetic images", flush=True)
@@ -935,16 +935,16 @@ def train(args, data, teacher, run, out, total_steps):
     if data.rank == 0:
         print(f"from step {run.step} to {total_steps}", flush=True)
         save(out, about, run)
+    compile_parts(args, run.model, teacher)
+    compile_parts(args, run.averaged)
     if args.cache_targets:
         cache_targets(args, data, teacher)
-        teacher = None  # its part is done
+        teacher = None  # from here on the cache answers
     elif teacher:
         data.latent_shape = teacher.latent_shape
 
     eval_every = max(1, round(args.eval_every * data.steps_per_epoch))
     first_step, saved_at, row_step, row_at = run.step, time.time(), run.step, time.time()
-    compile_parts(args, run.model, teacher)
-    compile_parts(args, run.averaged)
     for step in range(first_step, total_steps):
         ema_decay = averaging_decay(step, int(WARMUP * total_steps), args.ema_decay)
         numbers = train_step(run.model, run.averaged, run.projectors, teacher, run.optimizer,
@@ -957,7 +957,7 @@ def train(args, data, teacher, run, out, total_steps):
         logging = epoch_ends or evaluating or run.step % LOG_EVERY == 0
         overdue = data.rank == 0 and time.time() - saved_at >= 60 * args.save_minutes
         saving = final or all_reduce(torch.tensor(int(overdue))) > 0  # the clock of process 0 decides for all
-        if logging or saving:
+        if logging or saving:  # before saving too: nothing that is not finite may get into last.pt
             reduce_recent(run, list(numbers), data.world)
         if logging:
             speed = (run.step - row_step) / (time.time() - row_at)  # steps per second
@@ -981,7 +981,8 @@ def train(args, data, teacher, run, out, total_steps):
 
 def keep_best(args, run, row):
     """Keep the average if none before it scored higher on the held-out images; ties go to the later one
-    (inherited). Without an attack in training there is no robustness to select by: clean accuracy counts."""
+    (chosen: DM-AT's). Without an attack in training there is no robustness to select by: clean accuracy
+    counts."""
     score = row["holdout_robust" if args.eps > 0 and args.attack_steps > 0 else "holdout_clean"]
     if run.best is None or score >= run.best["score"]:
         weights = {name: tensor.cpu().clone() for name, tensor in run.averaged.state_dict().items()}
