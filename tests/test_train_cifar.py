@@ -520,7 +520,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(files, tmp_path, capsys):
           "--synthetic", str(files / "synthetic.npz"), "--arch", "wrn-10-1", "--batch-size", "512",
           "--max-steps", "100", "--out", str(tmp_path / "never")])
     plan = capsys.readouterr().out
-    for part in ("wrn-10-1 in float32", "dec.8x8_in1", TEACHER.name, "58 real, 30 synthetic and 6 held-out",
+    for part in ("wrn-10-1 in float32, aligned with", "features of EDMEncoder", "58 real, 30 synthetic and 6 held-out",
                  "100 steps = 100 epochs", "154 real + 358 synthetic"):
         assert part in plan
     assert not (tmp_path / "never").exists()

@@ -100,7 +100,6 @@ MAY_DIFFER = {
     "Data.holdout_batches": "as Data.batch",
     "load_teacher": "LightningDiT in place of EDM",
     "build_run": "pretrained weights, the image size, at most one projector",
-    "print_plan": "the teacher's layer is the number of a block",
     "train": "the scheduler's step is per step, and there is no BatchNorm whose momentum changes",
     "main": "the smoke run's images are files, and targets may be computed first",
 }
@@ -886,7 +885,7 @@ def test_checkpoint_is_plain_data_that_autoattack_takes(finished, folder):
 def test_dry_run_prints_the_plan_and_writes_nothing(folder, tmp_path, capsys):
     main(flags(folder, "--dry-run", "--out", tmp_path / "out", "--cache-targets", tmp_path / "cache"))
     text = capsys.readouterr().out
-    for part in ("test_convnext in float32", "block 1 of a random network",
+    for part in ("test_convnext in float32", "features of DiTEncoder",
                  "72 real, 30 synthetic and 8 held-out images", "24 steps = 6 epochs",
                  "6 real + 14 synthetic images"):
         assert part in text, part
@@ -976,7 +975,7 @@ def test_a_teacher_of_other_classes_is_refused_unless_it_is_not_told_the_label(f
         for label in range(9):
             (tmp_path / split / f"n{label}").symlink_to(folder / split / f"n{label}")
     assert setting(folder, "--teacher", *TINY_DIT, "--teacher-layer", "2")[2].width == 32
-    assert given == [((1053, 259), {"num_heads": 16, "image_size": 256})], "as the paper's teacher is"
+    assert given == [((1053, 259), {})], "heads and size are load_dit_encoder's own, those of the paper's teacher"
     nine = ["--teacher", *TINY_DIT, "--teacher-layer", "2", "--data", tmp_path, "--synthetic",
             tmp_path / "train"]
     with pytest.raises(InputError, match=f"^{TINY_DIT[0]}: knows 10 classes, not 9; --teacher-unconditional"):
