@@ -975,7 +975,7 @@ def test_a_teacher_of_other_classes_is_refused_unless_it_is_not_told_the_label(f
         for label in range(9):
             (tmp_path / split / f"n{label}").symlink_to(folder / split / f"n{label}")
     assert setting(folder, "--teacher", *TINY_DIT, "--teacher-layer", "2")[2].width == 32
-    assert given == [((1053, 259), {})], "heads and size are load_dit_encoder's own, those of the paper's teacher"
+    assert given == [((1053, 259), {})], "heads and size are load_dit_encoder's own"
     nine = ["--teacher", *TINY_DIT, "--teacher-layer", "2", "--data", tmp_path, "--synthetic",
             tmp_path / "train"]
     with pytest.raises(InputError, match=f"^{TINY_DIT[0]}: knows 10 classes, not 9; --teacher-unconditional"):
