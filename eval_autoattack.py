@@ -74,8 +74,17 @@ BENCHMARKS = {
     "cifar10": SimpleNamespace(classes=10, eps=8 / 255, images=10_000, script="train_cifar.py"),
     "cifar100": SimpleNamespace(classes=100, eps=8 / 255, images=10_000, script="train_cifar.py"),
     "imagenet": SimpleNamespace(classes=1000, eps=4 / 255, images=5_000, script="train_imagenet.py"),
+    # Images of your own: the checkpoint says how many classes, and all of test.npz is judged.
+    "npz": SimpleNamespace(classes=None, eps=8 / 255, images=None, script="train_cifar.py"),
 }
-ATTACKS = ("apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t", "square")
+ATTACKS = {  # of each --version, in the library's order
+    "standard": ("apgd-ce", "apgd-t", "fab-t", "square"),
+    "plus": ("apgd-ce", "apgd-dlr", "fab", "square", "apgd-t", "fab-t"),
+    "rand": ("apgd-ce", "apgd-dlr"),
+}
+# The DLR loss is made of the three largest logits, its targeted form of four. With fewer classes there is no
+# such attack.
+CLASSES_NEEDED = {"apgd-dlr": 3, "apgd-t": 4}
 TOLERANCE = 1e-6  # by which |x' - x| may exceed eps: float32 rounds x + eps near 1 by up to 6e-8
 
 
@@ -102,8 +111,8 @@ def parse_args(argv=None):
     # By which attacks.
     radius = flag_type("a number above 0 and below 1, such as 8/255", float, lambda x: 0 < x < 1)
     add("--eps", type=radius, help="largest change of a pixel in [0, 1]; if not given, RobustBench's")
-    add("--version", choices=["standard", "plus", "rand"], default="standard", help="set of attacks")
-    add("--attacks", nargs="+", choices=ATTACKS, help="only these, with the settings of --version")
+    add("--version", choices=list(ATTACKS), default="standard", help="set of attacks")
+    add("--attacks", nargs="+", choices=ATTACKS["plus"], help="only these, with the settings of --version")
     add("--batch-size", type=count, default=250, help="images attacked together")
     add("--seed", type=whole, default=0, help="of the attacks")
     # Where.
@@ -143,7 +152,10 @@ def load_classifier(path, arch=None, dataset=None, script=None, weights="average
         raise InputError(f"{path}: does not say its arch or dataset; give --arch and --dataset")
     benchmark = BENCHMARKS[dataset]
     classes = saved.get("num_classes", benchmark.classes)
-    if classes != benchmark.classes and dataset != "imagenet":  # there, one may train on a part of them
+    if dataset == "npz" and not {"num_classes", "mean", "std"} <= saved.keys():
+        raise InputError(f"{path}: does not say its num_classes, mean and std, as --dataset npz needs")
+    # On ImageNet, one may train on a part of the classes.
+    if classes != benchmark.classes and dataset in ("cifar10", "cifar100"):
         raise InputError(f"{path}: classifies into {classes} classes, {dataset} has {benchmark.classes}")
     script = Path(script or Path(__file__).with_name(benchmark.script))
     last = {"pretrained": False} if dataset == "imagenet" else {"dataset": dataset}
@@ -159,6 +171,8 @@ def load_classifier(path, arch=None, dataset=None, script=None, weights="average
             state = {name.removeprefix(prefix): value for name, value in state.items()}
     check_fit(path, state, expected, f"{arch} for {dataset}")
     model.load_state_dict(state)
+    if dataset == "npz":
+        model.set_normalisation(saved["mean"], saved["std"])
     # ImageNet's class names go with args, where earlier checkpoints of these scripts have them.
     model.info = SimpleNamespace(arch=arch, dataset=dataset, weights=weights, num_classes=classes,
                                  script=script, step=saved.get("step"),
@@ -248,7 +262,8 @@ def perturb(attacker, attack, x, y):
 
 
 def check_model(model, images, labels, batch_size, attacker):
-    """The library's checks of the model on the first batch. It warns through its logger and goes on.
+    """The library's checks of the model on the first batch. It warns through its logger and goes on. Returns
+    the number of classes.
 
     Each warning says that the true robustness may be lower than the number, for a reason of its own:
 
@@ -269,8 +284,15 @@ def check_model(model, images, labels, batch_size, attacker):
         pyautoattack.checks.check_randomized(model, x, y, bs=batch_size, logger=logger)
     classes = pyautoattack.checks.check_range_output(model, x, logger=logger)
     pyautoattack.checks.check_dynamic(model, x, False, logger=logger)
-    if classes < 10:  # the library would warn, and then fail
-        raise InputError(f"the model has {classes} classes, expected at least 10: targeted attacks try nine")
+    return classes
+
+
+def possible(attacks, classes):
+    """Those of `attacks` that there are for so many classes. Raises InputError where none is."""
+    left = [name for name in attacks if classes >= CLASSES_NEEDED.get(name, 2)]
+    if not left:
+        raise InputError(f"there is no {' or '.join(attacks)} on {classes} classes")
+    return left
 
 
 def set_tf32(allowed):
@@ -281,7 +303,7 @@ def set_tf32(allowed):
 def run_attack(stage, attacker, images, labels, entered, folder, batch_size, flags, rank=0, world=1):
     """Attack images in batches, and keep every finished batch in `folder`. Returns one dict per batch.
 
-    stage: "clean" for no attack, or a name in ATTACKS, with "-tf32" behind it to run in TF32. entered:
+    stage: "clean" for no attack, or the name of one, with "-tf32" behind it to run in TF32. entered:
     indices int64 [M] into images [N, 3, H, W] and labels [N]. flags: a list of warnings so far, which are
     stored with the next batch.
 
@@ -362,12 +384,12 @@ def evaluate(model, images, labels, folder, eps, attacks=None, version="standard
     set_tf32(False)
     attacker = pyautoattack.AutoAttack(model, norm="Linf", eps=eps, version=version, seed=seed,
                                        device=next(model.parameters()).device)
-    # The library warns through its logger, that is, on the terminal, where nobody looks next week. This
-    # keeps its warnings with the result.
-    flags = []
+    flags = []  # the library's warnings; on the terminal nobody would see them next week
     attacker.logger.warning = flags.append
-    check_model(model, images, labels, batch_size, attacker)
-    names = list(attacks or attacker.attacks_to_run)
+    classes = check_model(model, images, labels, batch_size, attacker)
+    # With fewer than ten classes there are fewer than nine wrong ones. The library would fail.
+    attacker.apgd_targeted.n_target_classes = attacker.fab.n_target_classes = min(9, classes - 1)
+    names = possible(attacks or ATTACKS[version], classes)
     result = SimpleNamespace(accuracy={}, seconds={}, entered=[], changed=0, flags=[],
                              attacks=[stage for name in names for stage in [f"{name}-tf32"] * tf32 + [name]],
                              broken_by=torch.full_like(labels, -1), predicted=labels.clone(),
@@ -443,6 +465,9 @@ def load_images(args, info, split="test"):
     source = SimpleNamespace(dataset=info.dataset, data_dir=args.data_dir,
                              smoke=info.args.get("smoke") is True, seed=info.args.get("seed", 0))
     images, labels = [torch.as_tensor(array[:args.n]) for array in load_real(source, split)]
+    if labels.max() >= info.num_classes:
+        raise InputError(f"{args.data_dir}: has label {labels.max()} in the {split} images, expected "
+                         f"0 to {info.num_classes - 1} as in training")
     return images.permute(0, 3, 1, 2).contiguous().float() / 255, labels.long()
 
 
@@ -508,12 +533,16 @@ def prepare_folder(folder, settings):
 
 def reservations(args, info, settings):
     """Why this is not RobustBench's number: remarks, none if it is (as far as a script can tell)."""
-    benchmark, size = BENCHMARKS[info.dataset], info.args.get("image_size", 224)
+    benchmark, size, classes = BENCHMARKS[info.dataset], info.args.get("image_size", 224), info.num_classes
     full = settings["n"] == benchmark.images and (info.dataset != "imagenet" or args.image_list)
+    attacks = args.attacks or ATTACKS[args.version]
+    left_out = [name for name in attacks if name not in possible(attacks, classes)]
     checks = [
-        (full, f"NOT THE FULL TEST SET of {benchmark.images:,} images"),
+        (full or info.dataset == "npz" and args.n is None, "NOT THE FULL TEST SET"),
         (args.attacks is None, f"ONLY {' '.join(args.attacks or [])}: not AutoAttack"),
-        (info.num_classes == benchmark.classes, f"{info.num_classes} classes, not {benchmark.classes:,}"),
+        (benchmark.classes in (None, classes), f"{classes} classes, not {benchmark.classes}"),
+        (classes >= 10, f"targeted attacks try {classes - 1} wrong classes, not 9: there are no more"),
+        (not left_out, f"without {' and '.join(left_out)}, whose loss needs more than {classes} classes"),
         (size == 224, f"{size} px, not 224"),
         (args.version == "standard", f"version {args.version}, not standard"),
         (settings["eps"] == benchmark.eps, f"eps is not {benchmark.eps * 255:g}/255"),

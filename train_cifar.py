@@ -49,6 +49,7 @@ import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -67,7 +68,8 @@ from edm_encoder import EDMEncoder, InputError, check_file, load_edm_encoder
 # "inherited": from DM-AT's code, whose setup the paper says it follows. "chosen": by us, where the paper
 # leaves it open. What one may want to vary is a flag, see `parse_args`; the rest is here.
 
-# Mean and deviation per RGB channel (inherited). The teacher is the EDM that drew DM-AT's images (stated).
+# Mean and deviation per RGB channel, for WideResNets (inherited). The teacher is the EDM that drew DM-AT's
+# images (stated). "npz": images of your own, in any number of classes, with their own mean and deviation.
 DATASETS = {
     "cifar10": SimpleNamespace(
         classes=10, mean=(0.4914, 0.4822, 0.4465), std=(0.2471, 0.2435, 0.2616),
@@ -76,24 +78,21 @@ DATASETS = {
         classes=100, mean=(0.5071, 0.4865, 0.4409), std=(0.2673, 0.2564, 0.2762),
         teacher="https://huggingface.co/wzekai99/DM-Improves-AT/resolve/main/others/"
                 "edm-cifar100-32x32-cond-vp.pkl"),
+    "npz": SimpleNamespace(classes=None, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0), teacher=None),
 }
-OPTIMIZERS = {  # peak learning rate and weight decay
-    "sgd": {"lr": 0.2, "weight_decay": 5e-4},  # inherited for batches of 512, chosen for others
-    "lion": {"lr": 1e-4, "weight_decay": 0.5},  # decay stated, rate chosen
-}
+VITS = {"vit-b-2": (12, 768, 12), "vit-tiny-2": (2, 64, 2)}  # depth, width and heads; the tiny one for tests
 WARMUP = 0.025  # share of the epochs with a rising rate, and of the steps before averaging (inherited)
 # BatchNorm's running statistics move by this share towards those of each new batch (inherited). torch's
 # default is ten times as fast. Slower is better here, as they have to average clean and attacked batches.
 BATCHNORM_MOMENTUM = 0.01
-CROP_PADDING = 4  # pixels of black border around an image before the random crop (inherited)
+CROP_PADDING = 4  # pixels of border around an image before the random crop (inherited)
 HOLDOUT = 1024  # first training images, never trained on, to select best.pt (inherited); at most a tenth
 SELECTION_STEPS = 40  # PGD steps on the margin loss for that selection (inherited)
 PROJECTOR_WIDTH = 2048  # hidden width of h: REPA's, arXiv 2410.06940; the three layers are stated
 EXTRA_LOG_SIGMA = (-1.2, 1.2)  # mean and deviation of ln(sigma) for --extra-sigma: those of EDM's training
 LOG_EVERY = 50  # steps between rows of log.csv
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-SMOKE = {"arch": "wrn-10-1", "epochs": 4, "batch_size": 64, "lr": 0.1, "eval_every": 1.0, "out": "runs/smoke",
-         "device": "cpu"}  # other defaults for --smoke
+SMOKE = {"arch": "wrn-10-1", "epochs": 4, "batch_size": 64, "out": "runs/smoke", "device": "cpu"}  # for --smoke
 
 
 def flag_type(description, convert, fits):
@@ -114,30 +113,42 @@ whole = flag_type("a whole number of at least 0", int, lambda x: x.denominator =
 count = flag_type("a whole number above 0", int, lambda x: x.denominator == 1 and 0 < x < 2**63)
 
 
+# The recipe belongs to the architecture. WideResNets follow DM-AT (inherited), ViTs follow Wu et al. (AAAI
+# 2025; stated, numbers from their public code). Each row is a flag, so each number can be set by itself.
+# Optimizer and schedule are in `build_optimizer` and `build_scheduler`. A larger beta gives more robust and
+# less clean accuracy. Robustness needs far more images than the real ones.
+RECIPES = {
+    # flag                 type      wrn-*  vit-*   meaning
+    "lr":                 (positive, 0.2,   1e-4,   "peak learning rate"),  # 0.2 is for batches of 512
+    "weight_decay":       (number,   5e-4,  0.5,    "pull of the weights towards 0"),
+    "max_norm":           (number,   0.0,   1.0,    "largest norm of the whole gradient; 0: any"),
+    "beta":               (number,   5.0,   3.0,    "weight of TRADES' KL term"),
+    "label_smoothing":    (fraction, 0.1,   0.4,    "in the cross-entropy"),
+    "ema_decay":          (fraction, 0.995, 0.9999, "tau of the weight averaging"),
+    "synthetic_fraction": (fraction, None,  0.8,    "of each batch"),  # None: 0.7, and over 1M images 0.8
+    "border":             (whole,    0,     128,    "grey value around an image before the random crop"),
+}
+
+
 def parse_args(argv=None):
     """Command line -> Namespace. A flag that cannot be used ends the program with exit code 2 (argparse)."""
     parser = argparse.ArgumentParser(usage="%(prog)s [flags] (--help lists them)", allow_abbrev=False,
                                      description=__doc__.split("\n\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
-    # Data. Robustness needs far more images than the real ones. The share 0.8 is from arXiv 2404.09349.
+    for name, (kind, wrn, vit, meaning) in RECIPES.items():
+        add("--" + name.replace("_", "-"), type=kind, help=f"{meaning} (wrn-*: {wrn}, vit-*: {vit})",
+            default=argparse.SUPPRESS)
+    # Data and model.
     add("--dataset", choices=list(DATASETS), default="cifar10", help="sets classes, normalisation, teacher")
     add("--data-dir", default="data", help="train.npz and test.npz (see `open_npz`), else downloaded")
     add("--synthetic", nargs="+", default=[], metavar="FILE", help="DM-AT's .npz files, any number of parts")
-    add("--synthetic-fraction", type=fraction, help="of each batch (0.7: inherited; over 1M images: 0.8)")
-    # Model and optimisation.
     add("--arch", default="wrn-34-10", help="wrn-DEPTH-WIDTH with DEPTH = 6n + 4, or vit-b-2")
     add("--epochs", type=count, default=200, help="of ceil(real images / batch size) steps (stated per row)")
     add("--max-steps", type=count, help="in place of --epochs; within one epoch the rate is lr / 250,000")
     add("--batch-size", type=count, default=128, help="over all processes (stated per row)")
-    add("--optimizer", choices=list(OPTIMIZERS), default="sgd", help="for a ViT give lion (stated)")
-    add("--lr", type=positive, help="peak rate (sgd 0.2: inherited for batches of 512; lion 1e-4: chosen)")
-    add("--weight-decay", type=number, help="(sgd 5e-4: inherited; lion 0.5: stated)")
-    add("--ema-decay", type=fraction, default=0.995, help="tau of the weight averaging (inherited)")
-    add("--label-smoothing", type=fraction, default=0.1, help="in the cross-entropy (inherited)")
-    # Attack. Ten steps reach further than eps, so that PGD can cross the ball and correct itself. A larger
-    # beta gives more robust and less clean accuracy.
-    add("--beta", type=number, default=5.0, help="weight of TRADES' KL term (inherited)")
+    add("--accumulate", type=count, default=1, help="compute each batch in so many pieces, for less memory")
+    # Attack. Ten steps reach further than eps, so that PGD can cross the ball and correct itself.
     add("--eps", type=fraction, default="8/255", help="largest change of a pixel in [0,1] (inherited)")
     add("--step-size", type=positive, default="2/255", help="of the attack (inherited)")
     add("--attack-steps", type=whole, default=10, help="PGD steps (stated); 0: no attack, x' = x")
@@ -165,11 +176,13 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
 
     # Defaults that depend on other flags.
-    for name, value in OPTIMIZERS[args.optimizer].items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
+    args.family = "vit" if args.arch.startswith("vit-") else "wrn"
+    for name, (_, wrn, vit, _) in RECIPES.items():
+        vars(args).setdefault(name, vit if args.family == "vit" else wrn)
     if args.teacher is None and args.dra_weight > 0 and not args.smoke:
         args.teacher = DATASETS[args.dataset].teacher
+        if args.teacher is None:
+            parser.error("--dataset npz: expected --teacher FILE, or --dra-weight 0 for no alignment")
     args.amp = args.device == "cuda" if args.amp is None else args.amp
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: there is no CUDA device here")
@@ -266,40 +279,41 @@ class WideResNet(Classifier):
         return self.logits(features)
 
 
-class ViT(Classifier, torchvision.models.VisionTransformer):
-    """torchvision's Vision Transformer in the size of ViT-B, for 32 px in patches of 2 (stated): 257 tokens
-    of width 768. A subclass, so that no prefix stands in front of its parameters' names."""
+def build_vit(depth, width, heads, num_classes):
+    """A Vision Transformer for 32 px in patches of 2, that is 256 tokens, as Wu et al. build it: no class
+    token, LayerScale, GELU in its tanh form. Its features are the mean of the normalised tokens, [B, width].
+    Parameter names are timm's. timm is imported here, as nothing else in this file needs it but Lion."""
+    from timm.models.vision_transformer import VisionTransformer
 
-    def __init__(self, num_classes):
-        super().__init__(image_size=32, patch_size=2, num_layers=12, num_heads=12, hidden_dim=768,
-                         mlp_dim=3072, num_classes=num_classes)
+    class ViT(Classifier, VisionTransformer):
+        def penultimate(self, x):
+            """[B, 3, 32, 32] -> [B, width], the mean of the tokens after the last layer norm."""
+            return self.forward_head(self.forward_features(x), pre_logits=True)
 
-    def penultimate(self, x):
-        """[B, 3, 32, 32] normalised -> [B, 768], the class token after the last layer norm."""
-        patches = self.conv_proj(x).flatten(2).transpose(1, 2)  # [B, 256, 768]
-        class_token = self.class_token.expand(len(x), -1, -1).to(patches.dtype)
-        return self.encoder(torch.cat([class_token, patches], dim=1))[:, 0]
-
-    def head(self, features):
-        """[B, 768] -> logits [B, num_classes]"""
-        return self.heads(features)
+    model = ViT(img_size=32, patch_size=2, embed_dim=width, depth=depth, num_heads=heads,
+                num_classes=num_classes, class_token=False, global_pool="avg", fc_norm=False,
+                init_values=1e-4, act_layer=partial(nn.GELU, approximate="tanh"))
+    # timm starts all layers at a normal with deviation 0.02, apart from this one, which is wider there.
+    nn.init.trunc_normal_(model.patch_embed.proj.weight, std=0.02, a=-0.04, b=0.04)
+    nn.init.zeros_(model.patch_embed.proj.bias)
+    return model
 
 
 def build_model(arch, num_classes, dataset="cifar10"):
     """A classifier for images [B, 3, 32, 32] in [0, 1], initialised from torch's global generator.
 
-    arch: "wrn-DEPTH-WIDTH" with DEPTH = 6n + 4, or "vit-b-2"; dataset: whose mean and deviation normalise the
-    input. eval_autoattack.py imports this function, from this file or from your copy (`--script`). Raises
-    InputError for an unknown arch.
+    arch: "wrn-DEPTH-WIDTH" with DEPTH = 6n + 4, or a name in VITS; dataset: whose mean and deviation
+    normalise a WideResNet's input, while a ViT takes images as they are. eval_autoattack.py imports this
+    function, from this file or from your copy (`--script`). Raises InputError for an unknown arch.
     """
-    wrn = re.fullmatch(r"wrn-([1-9]\d+)-([1-9]\d*)", arch)
-    if arch == "vit-b-2":
-        model = ViT(num_classes)
+    wrn, normalisation = re.fullmatch(r"wrn-([1-9]\d+)-([1-9]\d*)", arch), DATASETS[dataset]
+    if arch in VITS:
+        model, normalisation = build_vit(*VITS[arch], num_classes), DATASETS["npz"]
     elif wrn and int(wrn[1]) % 6 == 4:
         model = WideResNet(int(wrn[1]), int(wrn[2]), num_classes)
     else:
         raise InputError(f"--arch {arch}: expected vit-b-2, or wrn-DEPTH-WIDTH with DEPTH = 6n + 4")
-    model.set_normalisation(DATASETS[dataset].mean, DATASETS[dataset].std)
+    model.set_normalisation(normalisation.mean, normalisation.std)
     return model
 
 
@@ -411,49 +425,72 @@ def train_step(model, averaged, projectors, teacher, optimizer, batch, ema_decay
     batch.images x [B, 3, 32, 32] in [0, 1], batch.labels y [B], batch.start like images,
     batch.teacher_noise: a list of (sigma: float or [B], noise: N(0, 1) like images), one per projector,
     empty without alignment. ema_decay: see `averaging_decay`. args: eps, step_size, attack_steps, beta,
-    label_smoothing, dra_weight, teacher_unconditional, amp. Returns detached scalars by name, accuracies in
-    percent. They stay on the device, because reading one would make the host wait for the GPU.
+    label_smoothing, dra_weight, teacher_unconditional, amp, accumulate, max_norm. Returns detached scalars
+    by name, accuracies in percent. They stay on the device, because reading one would make the host wait for
+    the GPU.
     """
-    images, labels = batch.images, batch.labels
-    model.train()  # BatchNorm: each forward below normalises with the statistics of its own batch
-
-    # The clean forward comes first and serves twice: the attack moves away from its p(x), and L contains it.
-    clean_logits = model(images)
-
-    # The attack is PGD, eq. (2). Eq. (1) would have it maximise the cross-entropy; TRADES maximises KL.
-    adv = images  # without an attack x' = x
-    if args.eps > 0 and args.attack_steps > 0:
-        adv = trades_attack(model, images, batch.start, args.eps, args.step_size, args.attack_steps,
-                            clean_logits)
-
-    # L_TRADES. The clean and the adversarial forward are two, not one of both halves together: each half is
-    # normalised by its own statistics (DM-AT). Both update the running ones.
-    adv_features = model.features(adv)  # enc(x'), [B, D]
-    adv_logits = model.head(adv_features)
-    trades = trades_loss(clean_logits, adv_logits, labels, args.beta, args.label_smoothing)
-
-    # L_DRA, eq. (3). The teacher gets the CLEAN image and makes x_t = (2x - 1) + sigma * noise itself. The
-    # gradient trains h and, through enc(x'), the backbone, but not `head`, which comes after the features.
-    # It stops at x', which is data by now, and at the teacher, which is frozen.
-    alignment = trades.new_zeros(())
-    given_labels = None if args.teacher_unconditional else labels
-    for projector, (sigma, noise) in zip(projectors, batch.teacher_noise):
-        with torch.no_grad(), torch.autocast(images.device.type, torch.bfloat16, enabled=args.amp):
-            target = teacher(images, given_labels, sigma, noise)  # g: [B, width], mean over 8 x 8 positions
-        alignment = alignment + dra_loss(projector(adv_features), target) / len(projectors)  # mean: chosen
-
-    # Eq. (4). Classifier and h learn together: same optimizer, same rate and weight decay (chosen).
-    loss = trades + args.dra_weight * alignment
+    model.train()  # BatchNorm: each forward below normalises with the statistics of its own images
     optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    average_gradients([*model.parameters(), *projectors.parameters()])  # over the processes of torchrun
+    numbers = []
+    for k, piece in enumerate(split_batch(batch, args.accumulate)):
+        images, labels = piece.images, piece.labels
+
+        # The clean forward comes first and serves twice: the attack moves away from its p(x), and L
+        # contains it. Of several pieces, the first alone updates BatchNorm's running statistics.
+        set_batchnorm(model, track_running_stats=k == 0)
+        clean_logits = model(images)
+
+        # The attack is PGD, eq. (2). Eq. (1) would have it maximise the cross-entropy; TRADES maximises KL.
+        adv = images  # without an attack x' = x
+        if args.eps > 0 and args.attack_steps > 0:
+            adv = trades_attack(model, images, piece.start, args.eps, args.step_size, args.attack_steps,
+                                clean_logits)
+
+        # L_TRADES. The clean and the adversarial forward are two, not one of both halves together: each half
+        # is normalised by its own statistics (DM-AT). Both update the running ones.
+        set_batchnorm(model, track_running_stats=k == 0)
+        adv_features = model.features(adv)  # enc(x'), [B, D]
+        adv_logits = model.head(adv_features)
+        trades = trades_loss(clean_logits, adv_logits, labels, args.beta, args.label_smoothing)
+
+        # L_DRA, eq. (3). The teacher gets the CLEAN image and makes x_t = (2x - 1) + sigma * noise itself.
+        # The gradient trains h and, through enc(x'), the backbone, but not `head`, which comes after the
+        # features. It stops at x', which is data by now, and at the teacher, which is frozen.
+        alignment = trades.new_zeros(())
+        given_labels = None if args.teacher_unconditional else labels
+        for projector, (sigma, noise) in zip(projectors, piece.teacher_noise):
+            with torch.no_grad(), torch.autocast(images.device.type, torch.bfloat16, enabled=args.amp):
+                target = teacher(images, given_labels, sigma, noise)  # g: [B, width], mean over 8 x 8
+            alignment = alignment + dra_loss(projector(adv_features), target) / len(projectors)  # (chosen)
+
+        # Eq. (4). Every term is a mean over images, so the mean of the pieces' losses is that of the batch.
+        loss = trades + args.dra_weight * alignment
+        (loss / args.accumulate).backward()
+        clean, robust = [(x.argmax(1) == labels).float().mean() * 100 for x in (clean_logits, adv_logits)]
+        numbers.append(torch.stack([loss, trades, -alignment, clean, robust]).detach())
+    # Classifier and h learn together: same optimizer, same rate and weight decay (chosen).
+    parameters = [*model.parameters(), *projectors.parameters()]
+    average_gradients(parameters)  # over the processes of torchrun
+    if args.max_norm > 0:
+        nn.utils.clip_grad_norm_(parameters, args.max_norm)
     optimizer.step()
     update_average(averaged, model, ema_decay)
 
-    clean, robust = [(x.argmax(1) == labels).float().mean() * 100 for x in (clean_logits, adv_logits)]
-    cosine = {"cosine": -alignment.detach()} if len(projectors) else {}
-    return {"loss": loss.detach(), "trades": trades.detach(), **cosine,
-            "train_clean": clean, "train_robust": robust}
+    names = ("loss", "trades", "cosine", "train_clean", "train_robust")
+    means = dict(zip(names, torch.stack(numbers).mean(dim=0)))
+    return {name: value for name, value in means.items() if name != "cosine" or len(projectors)}
+
+
+def split_batch(batch, pieces):
+    """A batch, cut into so many pieces of equal size: piece k has the images k, k + pieces, ... A ViT gives
+    the same result whole and in pieces. A WideResNet normalises each piece by itself, as if each were the
+    share of a process of torchrun."""
+    def cut(value, k):
+        if isinstance(value, (list, tuple)):
+            return [cut(part, k) for part in value]
+        return value[k::pieces] if isinstance(value, torch.Tensor) else value
+    return [SimpleNamespace(**{name: cut(value, k) for name, value in vars(batch).items()})
+            for k in range(pieces)]
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -461,33 +498,44 @@ def train_step(model, averaged, projectors, teacher, optimizer, batch, ema_decay
 
 
 def build_optimizer(args, *modules):
-    """SGD (Nesterov, inherited) or Lion (arXiv 2302.06675, from timm) over all parameters of `modules`.
-
-    Weight decay leaves out BatchNorm's scales and shifts for SGD (inherited: biases of linear layers decay),
-    and for Lion all vectors, that is biases and layer norms (chosen).
-    """
+    """WideResNets: SGD with Nesterov momentum; weight decay on all but BatchNorm's scales and shifts
+    (inherited). ViTs: Lion (arXiv 2302.06675); weight decay on the matrices of linear and convolutional
+    layers alone, not on position embedding, LayerScale, norms and biases (Wu et al.)."""
     layers = [layer for module in modules for layer in module.modules()]
-    undecayed = {p for layer in layers if isinstance(layer, nn.BatchNorm2d) for p in layer.parameters()}
     parameters = [p for module in modules for p in module.parameters()]
-    if args.optimizer == "lion":
-        undecayed = {p for p in parameters if p.ndim <= 1}
-    groups = [{"params": [p for p in parameters if p not in undecayed]},
-              {"params": [p for p in parameters if p in undecayed], "weight_decay": 0.0}]
+    if args.family == "vit":
+        decayed = {layer.weight for layer in layers if isinstance(layer, (nn.Linear, nn.Conv2d))}
+    else:
+        batchnorms = [layer for layer in layers if isinstance(layer, nn.BatchNorm2d)]
+        decayed = set(parameters) - {p for layer in batchnorms for p in layer.parameters()}
+    groups = [{"params": [p for p in parameters if p in decayed]},
+              {"params": [p for p in parameters if p not in decayed], "weight_decay": 0.0}]
     settings = {"lr": args.lr, "weight_decay": args.weight_decay, "foreach": True}
-    if args.optimizer == "lion":
-        from timm.optim import Lion  # only here: nothing else in this file needs timm
-        return Lion(groups, **settings)
+    if args.family == "vit":
+        from timm.optim import Lion
+        return Lion(groups, betas=(0.95, 0.98), **settings)
     return torch.optim.SGD(groups, momentum=0.9, nesterov=True, **settings)
 
 
-def build_scheduler(args, optimizer, epochs):
-    """torch's OneCycleLR, to be stepped once per EPOCH (inherited): the rate rises from lr / 25 to lr in the
-    first 2.5 % of the epochs and then falls to lr / 250,000, both along half a cosine. SGD's momentum goes
-    the other way, from 0.95 to 0.85 and back, whatever the optimizer was built with. A run of fewer than 40
-    epochs begins on the way down; a run of one epoch has only the last rate, so it hardly trains."""
-    # With exactly 40 epochs, where 0.025 * 40 = 1, torch would divide by zero: hence 1e-9.
-    return torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, epochs, pct_start=WARMUP + 1e-9,
-                                               cycle_momentum=args.optimizer == "sgd")
+def build_scheduler(args, optimizer, total_steps, steps_per_epoch=1):
+    """WideResNets: torch's OneCycleLR, to be stepped once per EPOCH (inherited). The rate rises from lr / 25
+    to lr in the first 2.5 % of the epochs and then falls to lr / 250,000, both along half a cosine. SGD's
+    momentum goes the other way, from 0.95 to 0.85 and back, whatever the optimizer was built with. A run of
+    one epoch has the last of these rates, so it hardly trains.
+
+    ViTs: to be stepped once per STEP (Wu et al.). The rate rises linearly from lr / 100 to lr over five
+    epochs, at most a tenth of the steps, and falls to lr / 10 along half a cosine.
+    """
+    if args.family == "wrn":
+        # With exactly 40 epochs, where 0.025 * 40 = 1, torch would divide by zero: hence 1e-9.
+        epochs = math.ceil(total_steps / steps_per_epoch)
+        return torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, epochs, pct_start=WARMUP + 1e-9)
+    rise = max(1, min(5 * steps_per_epoch, total_steps // 10))
+
+    def factor(step):
+        fall = (step - rise) / max(1, total_steps - 1 - rise)  # from 0 at the peak to 1 in the last step
+        return 0.01 + 0.99 * step / rise if step < rise else 0.55 + 0.45 * math.cos(math.pi * fall)
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
 def averaging_decay(step, warmup_steps, tau):
@@ -584,9 +632,10 @@ def map_npz_member(path, name):
                          f"mapped: {ascii(str(error))}") from None
 
 
-def open_npz(path, classes):
-    """An .npz with `image` uint8 [N, 32, 32, 3] and integer `label` [N] in 0 ... classes - 1 -> (images, left
-    on disk, labels int64 [N]). Raises InputError, one line that names the file, where it holds other data."""
+def open_npz(path, classes=None):
+    """An .npz with `image` uint8 [N, 32, 32, 3] and integer `label` [N] in 0 ... classes - 1 (None: from 0
+    on) -> (images, left on disk, labels int64 [N]). Raises InputError, one line that names the file, where it
+    holds other data."""
     images, labels = map_npz_member(path, "image"), map_npz_member(path, "label")
     images_fit = images.dtype == np.uint8 and images.shape[1:] == (32, 32, 3)
     labels_fit = labels.dtype.kind in "iu" and labels.shape == images.shape[:1] != (0,)
@@ -595,8 +644,9 @@ def open_npz(path, classes):
                          f"{labels.shape}; expected uint8 (N, 32, 32, 3) and integers (N,)")
     low, high = labels.min(), labels.max()
     # DM-AT's files for CIFAR-10 and CIFAR-100 have the same names. Labels up to 9 tell that it is the former.
-    if low < 0 or high >= classes or (classes == 100 and high < 10):
-        raise InputError(f"{path}: labels run from {low} to {high}, expected 0 to {classes - 1}")
+    if low < 0 or classes and high >= classes or classes == 100 and high < 10:
+        raise InputError(f"{path}: labels run from {low} to {high}, expected 0 to "
+                         f"{classes - 1 if classes else 'any'}; --dataset npz takes other classes")
     if hasattr(mmap, "MADV_RANDOM"):  # single images will be read, from all over the file: no reading ahead
         images.base.madvise(mmap.MADV_RANDOM)
     return images, labels.astype(np.int64)
@@ -609,7 +659,7 @@ def load_real(args, split):
     folder = Path(args.data_dir)
     if args.smoke:
         return draw_smoke_images(1088 if split == "train" else 128, seed=args.seed + (split == "test"))
-    if (folder / "train.npz").exists() or (folder / "test.npz").exists():
+    if args.dataset == "npz" or (folder / "train.npz").exists() or (folder / "test.npz").exists():
         images, labels = open_npz(folder / f"{split}.npz", DATASETS[args.dataset].classes)
         return np.array(images), labels  # real images fit into memory
     try:
@@ -618,6 +668,17 @@ def load_real(args, split):
         raise InputError(f"--data-dir {folder}: has no train.npz, and torchvision could not get "
                          f"{args.dataset} ({error})") from None
     return np.ascontiguousarray(data.data), np.array(data.targets)
+
+
+def count_classes(args, labels):
+    """Number of classes of the training labels: the data set's, for npz the largest label + 1. Raises
+    InputError where not all of them are there (of CIFAR one may take a part: the first and the last)."""
+    classes = DATASETS[args.dataset].classes or int(labels.max()) + 1
+    missing = np.setdiff1d(range(classes) if args.dataset == "npz" else [0, classes - 1], labels)
+    if len(missing) and not args.smoke:
+        raise InputError(f"{args.data_dir}: no training image has label {missing[0]}, expected 0 to "
+                         f"{classes - 1}; --dataset npz takes any number of classes")
+    return classes
 
 
 def draw_smoke_images(count, seed):
@@ -639,10 +700,12 @@ class Data:
     def __init__(self, args, device, rank=0, world=1):
         self.args, self.device, self.rank, self.world = args, device, rank, world
         self.share = slice(rank, None, world)  # of each batch, and of the held-out images, for this process
-        if args.batch_size % world:
-            raise InputError(f"--batch-size {args.batch_size}: expected a multiple of the {world} processes")
-        synthetic = [open_npz(path, DATASETS[args.dataset].classes) for path in args.synthetic]
-        self.parts = [load_real(args, "train"), *synthetic]
+        if args.batch_size % (world * args.accumulate):
+            raise InputError(f"--batch-size {args.batch_size}: expected a multiple of {world} process(es) x "
+                             f"--accumulate {args.accumulate}")
+        real = load_real(args, "train")
+        self.classes = count_classes(args, real[1])
+        self.parts = [real] + [open_npz(path, self.classes) for path in args.synthetic]
         # Images are numbered through all parts: the held-out ones, the other real ones, each synthetic file.
         self.ends = np.cumsum([len(labels) for _, labels in self.parts]).tolist()  # where each part ends
         self.n_holdout = min(HOLDOUT, self.ends[0] // 10)
@@ -688,7 +751,8 @@ class Data:
         random = generator(self.args.seed, step, "augment")
         corner = torch.randint(2 * CROP_PADDING + 1, (self.args.batch_size, 2), generator=random)
         flip = torch.rand(self.args.batch_size, generator=random) < 0.5
-        images = crop_and_flip(images, corner[self.share].tolist(), flip[self.share].tolist())
+        images = crop_and_flip(images, corner[self.share].tolist(), flip[self.share].tolist(),
+                               self.args.border)
         tensors = torch.from_numpy(images), torch.from_numpy(labels)
         return [tensor.pin_memory() if self.device.type == "cuda" else tensor for tensor in tensors]
 
@@ -729,10 +793,11 @@ class Data:
             yield images, labels, (images + self.args.eps * (2 * uniform - 1)).clamp(0, 1)
 
 
-def crop_and_flip(images, corner, flip):
-    """Random crop out of a black border, and mirroring. images uint8 [B, 32, 32, 3]; corner: row and column
-    of each crop in the padded image; flip: whether to mirror it. Returns images of the same shape."""
-    padded = np.pad(images, [(0, 0), 2 * [CROP_PADDING], 2 * [CROP_PADDING], (0, 0)])
+def crop_and_flip(images, corner, flip, border=0):
+    """Random crop and mirroring. images uint8 [B, 32, 32, 3]; corner: row and column of each crop in the
+    padded image; flip: whether to mirror it; border: the padding's grey value. Returns the same shape."""
+    padding = [(0, 0), 2 * [CROP_PADDING], 2 * [CROP_PADDING], (0, 0)]
+    padded = np.pad(images, padding, constant_values=border)
     crops = [image[row:row + 32, column:column + 32] for image, (row, column) in zip(padded, corner)]
     return np.stack([crop[:, ::-1] if mirrored else crop for crop, mirrored in zip(crops, flip)])
 
@@ -867,15 +932,16 @@ def lock(folder):
         raise InputError(f"{folder}: another run is at work there") from None
 
 
-def load_teacher(args):
-    """The frozen diffusion encoder g. Raises InputError where it does not fit the data.
+def load_teacher(args, classes=None):
+    """The frozen diffusion encoder g, for data in so many classes (if not given, the data set's). Raises
+    InputError where it does not fit.
 
     To use another teacher, return it here or give it to `main`: a frozen module in evaluation mode with
     `width`. It is called as teacher(images [B, 3, 32, 32] in [0, 1], labels [B] or None, sigma: a float or
     [B], noise: N(0, 1) like images). The images are clean; it adds the noise itself. It returns features
     [B, width].
     """
-    classes = DATASETS[args.dataset].classes
+    classes = classes or DATASETS[args.dataset].classes
     if args.teacher is None:  # the smoke run: features of a random network are a poor target, but they do
         torch.manual_seed(args.seed)
         network = {"label_dim": classes, "model_channels": 16, "channel_mult": [1, 2, 2], "num_blocks": 1}
@@ -899,7 +965,10 @@ def build_run(args, data, teacher=None, total_steps=1, build=None):
     score and weights of the best average so far, on the CPU; best_on_disk: the one in best.pt.
     """
     torch.manual_seed(args.seed)
-    model = (build or build_model)(args.arch, DATASETS[args.dataset].classes, args.dataset)
+    model = (build or build_model)(args.arch, data.classes, args.dataset)
+    if args.dataset == "npz" and args.family == "wrn" and build is None:  # normalise by the images' own
+        std, mean = torch.std_mean(torch.from_numpy(data.parts[0][0]) / 255, dim=(0, 1, 2))
+        model.set_normalisation(mean.tolist(), std.tolist())
     # In evaluation mode, or the zeros would enter BatchNorm's running statistics.
     width = model.eval().features(torch.zeros(1, 3, 32, 32)).shape[1]
     # One projector per noise level (chosen): features at two levels say different things.
@@ -910,7 +979,7 @@ def build_run(args, data, teacher=None, total_steps=1, build=None):
     model.amp = args.amp
     averaged = copy.deepcopy(model).requires_grad_(False).eval()  # it shares no storage with the model
     optimizer = build_optimizer(args, model, projectors)
-    scheduler = build_scheduler(args, optimizer, math.ceil(total_steps / data.steps_per_epoch))
+    scheduler = build_scheduler(args, optimizer, total_steps, data.steps_per_epoch)
     return SimpleNamespace(model=model, averaged=averaged, projectors=projectors, optimizer=optimizer,
                            scheduler=scheduler, step=0, log=[], recent=[], best=None, best_on_disk=None)
 
@@ -931,14 +1000,18 @@ def print_plan(args, data, teacher, total_steps):
     print(f"{data.n_real:,} real, {data.n_synthetic:,} synthetic and {data.n_holdout:,} held-out images")
     print(f"{total_steps:,} steps = {total_steps / data.steps_per_epoch:g} epochs; in each step",
           f"{data.batch_real} real + {data.batch_synthetic} synthetic images", flush=True)
+    if args.family == "vit" and args.ema_decay**total_steps > 0.1:
+        print(f"WARNING: --ema-decay {args.ema_decay:g}: after {total_steps} steps the average is still to",
+              f"{100 * args.ema_decay**total_steps:.0f} % the random weights of the start", flush=True)
 
 
 def train(args, data, teacher, run, out, total_steps):
     """Train `run` up to `total_steps`, from last.pt in `out` or from scratch. Raises FloatingPointError where
     the loss or a weight is not finite, and InputError as `resume`."""
-    dataset = DATASETS[args.dataset]
     about = {"args": vars(args), "recipe": recipe(args, data), "arch": args.arch, "dataset": args.dataset,
-             "num_classes": dataset.classes, "mean": dataset.mean, "std": dataset.std}
+             "num_classes": data.classes}
+    about |= {name: getattr(run.model, name).flatten().tolist() for name in ("mean", "std")
+              if hasattr(run.model, name)}
     resume(out, about, run)
     if data.rank == 0:
         print(f"from step {run.step} to {total_steps}", flush=True)
@@ -954,7 +1027,9 @@ def train(args, data, teacher, run, out, total_steps):
         if step == max(1, first_step):
             compile_parts(args, run.model, teacher)
             compile_parts(args, run.averaged)
-        ema_decay = averaging_decay(step, int(WARMUP * total_steps), args.ema_decay)
+        ema_decay = args.ema_decay  # ViTs: from the first step on
+        if args.family == "wrn":
+            ema_decay = averaging_decay(step, int(WARMUP * total_steps), args.ema_decay)
         numbers = train_step(run.model, run.averaged, run.projectors, teacher, run.optimizer,
                              data.batch(step), ema_decay, args)
         run.recent.append(torch.stack(list(numbers.values())))  # on the device until a row of the log is due
@@ -980,7 +1055,7 @@ def train(args, data, teacher, run, out, total_steps):
             if data.rank == 0:
                 write_log(out / "log.csv", run.log, minutes_left=(total_steps - run.step) / speed / 60)
             run.recent, row_step, row_at = [], run.step, time.time()
-        if epoch_ends and not final:
+        if not final and (epoch_ends or args.family == "vit"):
             run.scheduler.step()
         if saving:
             saved_at = time.time()
@@ -1005,7 +1080,7 @@ def main(argv=None, teacher=None, build_model=None):
     if local > 0:  # the first process of each machine goes first, as it may have to download
         barrier()
     data = Data(args, device, rank, world)
-    teacher = (teacher or load_teacher(args)).to(device) if args.dra_weight > 0 else None
+    teacher = (teacher or load_teacher(args, data.classes)).to(device) if args.dra_weight > 0 else None
     if local == 0:
         barrier()
     total_steps = args.max_steps or args.epochs * data.steps_per_epoch
@@ -1022,7 +1097,8 @@ def main(argv=None, teacher=None, build_model=None):
         for name in ("holdout_clean", "holdout_robust"):
             values = [row[name] for row in run.log if name in row]
             print(f"{name:14} {values[0]:.2f} % in the first evaluation, {values[-1]:.2f} % in the last")
-        print("AutoAttack judges: python eval_autoattack.py", out / "best.pt")
+        kept = "last.pt" if args.family == "vit" else "best.pt"  # Wu et al. keep the last average
+        print("AutoAttack judges: python eval_autoattack.py", out / kept)
     if world > 1:
         dist.destroy_process_group()
 

@@ -171,7 +171,7 @@ def compare(args, data, classifier, teacher):
     on the same noisy test images. The probe is fitted to the real training images, and the diffusion model is
     frozen, so its network has never learned to classify."""
     (images, labels), (test_images, test_labels) = data.parts[0], load_real(args, "test")
-    classes, labels = DATASETS[args.dataset].classes, torch.from_numpy(labels).to(data.device)
+    classes, labels = data.classes, torch.from_numpy(labels).to(data.device)
     probe = linear_probe(noisy_features(teacher, images, args), labels, classes)
     print(f"accuracy on {len(test_labels)} test images with noise of sigma {args.teacher_sigma:g}:")
     for name, encoder, head in (("noisy classifier", classifier.encoder, classifier.head),
@@ -197,7 +197,7 @@ def train_noisy_classifier(args, data, run, out, total_steps):
     """Train `run` up to `total_steps`, from last.pt in `out` or from scratch. It is saved after each epoch.
     Raises InputError and FloatingPointError as in train_cifar.py."""
     about = {"args": vars(args), "recipe": recipe(args, data), "arch": args.arch, "dataset": args.dataset,
-             "num_classes": DATASETS[args.dataset].classes}
+             "num_classes": data.classes}
     resume(out, about, run)
     save(out, about, run)
     compile_parts(args, run.model)

@@ -9,9 +9,9 @@
 
 What arXiv 2602.19931 needs of a diffusion model is public for CIFAR-10 and CIFAR-100 only. For any other data
 set in the format of train_cifar.py (train.npz and test.npz in FOLDER) this script makes it, with the network
-and the settings of EDM (Karras et al. 2022, arXiv 2206.00364). Where there are not 10 or 100 classes, it
-needs an entry in train_cifar.py's DATASETS. With --label-dropout 1 the images need no labels. That gives the
-teacher without labels of the paper's Fig. 3 and 4, but no synthetic images, which need labels.
+and the settings of EDM (Karras et al. 2022, arXiv 2206.00364). --dataset npz takes any number of classes, as
+in train_cifar.py. With --label-dropout 1 the images need no labels. That gives the teacher without labels of
+the paper's Fig. 3 and 4, but no synthetic images, which need labels.
 
 A diffusion model learns to remove noise. A training image y gets noise n of level sigma, and the denoiser D
 has to tell y from the sum. Noise levels vary over orders of magnitude:
@@ -53,9 +53,9 @@ from torchvision.utils import save_image
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project's root, for the imports below
 import train_cifar
 from edm_encoder import InputError, SongUNet, load_edm, load_edm_encoder
-from train_cifar import (DATASETS, DEVICE, all_reduce, average_gradients, barrier, count, flag_type,
-                         fraction, generator, last_part, load_real, lock, map_npz_member, number, positive,
-                         reduce_recent, start_processes, whole, write_atomically, write_log)
+from train_cifar import (DATASETS, DEVICE, all_reduce, average_gradients, barrier, count, count_classes,
+                         flag_type, fraction, generator, last_part, load_real, lock, map_npz_member, number,
+                         positive, reduce_recent, start_processes, whole, write_atomically, write_log)
 
 # ------------------------------------------------------------------------------------------------------------
 # Settings: EDM's own for CIFAR-10, here and in the defaults of the flags, where nothing else is said.
@@ -232,13 +232,13 @@ def initialise(denoiser, seed):
             nn.init.zeros_(parameter)
 
 
-def build_run(args, device):
+def build_run(args, device, classes):
     """All that a run trains or keeps, on the device: a function of the settings and the seed alone.
 
     Returns SimpleNamespace: model, averaged, optimizer; network: SongUNet's arguments; step: how many are
-    done; log: a dict per row; recent: the losses since the last row. Raises InputError.
+    done; log: a dict per row; recent: the losses since the last row. classes: 0 for a model without labels.
+    Raises InputError.
     """
-    classes = 0 if args.label_dropout == 1 else DATASETS[args.dataset].classes
     network = {"img_resolution": 32, "label_dim": classes, "model_channels": args.model_channels,
                "channel_mult": args.channel_mult, "num_blocks": args.num_blocks, "attn_resolutions": [16]}
     try:
@@ -308,21 +308,17 @@ def train_step(model, averaged, optimizer, batch, step, args):
 
 
 def load_images(args):
-    """Training images uint8 [N, 32, 32, 3] and labels int64 [N], or zeros where --label-dropout 1 asks for
-    none. Raises InputError."""
-    path, classes = Path(args.data_dir) / "train.npz", DATASETS[args.dataset].classes
+    """Training images uint8 [N, 32, 32, 3], labels int64 [N], and the number of classes: 0, and all labels 0,
+    where --label-dropout 1 asks for none. Raises InputError."""
+    path = Path(args.data_dir) / "train.npz"
     if args.label_dropout == 1 and not args.smoke and path.exists():
         images = np.array(map_npz_member(path, "image"))
         if images.dtype != np.uint8 or images.shape[1:] != (32, 32, 3):
             raise InputError(f"{path}: 'image' is {images.dtype} {list(images.shape)}, "
                              "expected uint8 [N, 32, 32, 3]")
-        return images, np.zeros(len(images), np.int64)
+        return images, np.zeros(len(images), np.int64), 0
     images, labels = load_real(args, "train")
-    found = len(np.unique(labels))
-    if found != classes and args.label_dropout < 1:
-        raise InputError(f"--data-dir {args.data_dir}: has images of {found} classes, expected {classes} "
-                         f"({args.dataset}); see DATASETS in train_cifar.py")
-    return images, labels
+    return images, labels, 0 if args.label_dropout == 1 else count_classes(args, labels)
 
 
 def print_plan(args, model, n_images, world):
@@ -447,8 +443,8 @@ def train(args, run, images, labels, out, rank, world):
 def load(args, loader):
     """loader(--model), on the device. Raises InputError where the file cannot be used or does not fit."""
     model = loader(args.model).to(args.device)
-    classes = DATASETS[args.dataset].classes
-    if model.img_resolution != 32 or model.label_dim not in (0, classes):
+    classes = DATASETS[args.dataset].classes  # None: any number
+    if model.img_resolution != 32 or classes and model.label_dim not in (0, classes):
         raise InputError(f"{args.model}: is for images of {model.img_resolution} px and {model.label_dim} "
                          f"classes, expected 32 and {classes} ({args.dataset})")
     return model
@@ -535,7 +531,7 @@ def probe(args):
         # A probe for each level, as the same layer may say the same thing differently at another one.
         fitted, judged = [pooled_activations(encoder, [encoder.layer], images, sigma, args)[encoder.layer]
                           for images, _ in data]
-        head = linear_probe(fitted, data[0][1].to(args.device), DATASETS[args.dataset].classes)
+        head = linear_probe(fitted, data[0][1].to(args.device), count_classes(args, data[0][1].numpy()))
         print(f"  sigma {sigma:<5g} {accuracy(head, judged, data[1][1]):6.2f} %", flush=True)
 
 
@@ -559,13 +555,13 @@ def start_training(args, device, rank, world, local):
     """Data, plan, and `train`."""
     if local > 0:  # the first process of each machine goes first, as it may have to download
         barrier()
-    images, labels = load_images(args)
+    images, labels, classes = load_images(args)
     if local == 0:
         barrier()
     if args.batch_size > len(labels) or args.batch_size % world:
         raise InputError(f"--batch-size {args.batch_size}: expected at most the {len(labels)} images of "
                          f"--data-dir {args.data_dir}, and a multiple of the {world} processes")
-    run = build_run(args, device)
+    run = build_run(args, device, classes)
     if rank == 0:
         print_plan(args, run.model, len(labels), world)
     if not args.dry_run:

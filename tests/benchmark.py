@@ -34,11 +34,11 @@ from edm_encoder import EDMEncoder
 WARMUP = 5  # steps before the clock starts: compilation, and cuDNN's choice of algorithms
 
 
-def random_edm(args):
+def random_edm(args, classes=None):
     """An encoder of the size of NVIDIA's CIFAR model, with random weights."""
     torch.manual_seed(0)
     size = {"model_channels": 128, "channel_mult": [2, 2, 2], "num_blocks": 4}
-    classes = {"cifar10": 10, "cifar100": 100}[args.dataset]
+    classes = classes or {"cifar10": 10, "cifar100": 100}[args.dataset]
     teacher = EDMEncoder(args.teacher_layer, img_resolution=32, label_dim=classes, **size)
     return teacher.to(memory_format=torch.channels_last)
 

@@ -312,7 +312,7 @@ JOBS = {  # name, which begins with the part's letter: minutes at most, what it 
     "b WRN-28-10": (1.5, speed, train_cifar, "--arch wrn-28-10 --batch-size 512"),
     "b WRN-28-10, textbook": (1.5, textbook, train_cifar, "--arch wrn-28-10 --batch-size 512"),
     "b WRN-34-10": (1.5, speed, train_cifar, "--arch wrn-34-10 --batch-size 128"),
-    "b ViT-B/2": (2, speed, train_cifar, "--arch vit-b-2 --optimizer lion --batch-size 1024"),
+    "b ViT-B/2": (2, speed, train_cifar, "--arch vit-b-2 --batch-size 1024 --accumulate 4"),
     "b ViT-B/16, online and cached": (2.5, online_and_cached, train_imagenet, "--batch-size 128"),
     "b ConvNeXt-B, online and cached": (2.5, online_and_cached, train_imagenet, "--arch convnext_base.dinov3_lvd1689m --batch-size 128"),
     "c WRN-28-10": (1.5, waiting, train_cifar, "--arch wrn-28-10 --batch-size 512"),

@@ -53,10 +53,28 @@ def write_arrays(folder):
                 (folder / name / f"{split}.npz").write_bytes(content)
 
 
+def write_classes(folder):
+    """Folders of train.npz and test.npz with 3 and 43 classes, and one where class 2 of four has no image;
+    checkpoints of a tiny ViT for three classes, and of a ViT with torchvision's names of weights."""
+    for name, labels in (("three", np.arange(60) % 3), ("many", np.arange(430) % 43),
+                         ("gap", np.array(20 * [0, 1, 3]))):
+        (folder / name).mkdir()
+        for split in ("train", "test"):
+            np.savez(folder / name / f"{split}.npz", image=np.zeros((len(labels), 32, 32, 3), np.uint8),
+                     label=labels)
+    torch.manual_seed(0)
+    weights = train_cifar.build_model("vit-tiny-2", 3, "npz").state_dict()
+    about = {"arch": "vit-tiny-2", "dataset": "npz", "num_classes": 3, "mean": [0.0] * 3, "std": [1.0] * 3}
+    torch.save(about | {"model_state_dict": weights}, folder / "vit.pt")
+    torch.save({"model_state_dict": {"conv_proj.weight": torch.zeros(768, 3, 2, 2)}, "arch": "vit-b-2",
+                "dataset": "cifar10", "num_classes": 10}, folder / "torchvision.pt")
+
+
 def write_files(folder):
     """All that the cases below name with {}. Returns the folder."""
     folder.mkdir(parents=True)
     write_arrays(folder)
+    write_classes(folder)
     for suffix in ("npz", "pkl", "pt"):
         (folder / f"page.{suffix}").write_bytes(HTML)
         (folder / f"pointer.{suffix}").write_bytes(POINTER)
@@ -127,6 +145,16 @@ CASES = [  # a command, and what its line has to say
     (f"{REAL} --data-dir {{}}/pages", f"pages/train.npz: {PAGE}"),
     (f"{REAL} --data-dir {{}}/pointers", f"pointers/train.npz: {LFS}"),
     (f"{REAL} --data-dir {{}}/file", "--data-dir"),
+    # train_cifar.py: other numbers of classes, and pieces of a batch
+    (f"{REAL} --data-dir {{}}/three", "three: no training image has label 9, expected 0 to 9; --dataset npz"),
+    (f"{REAL} --data-dir {{}}/many", "labels run from 0 to 42, expected 0 to 9; --dataset npz takes other"),
+    (f"{REAL} --data-dir {{}}/many --dataset cifar100", "many: no training image has label 99, expected"),
+    (f"{REAL} --data-dir {{}}/gap --dataset npz", "gap: no training image has label 2, expected 0 to 3"),
+    (f"{REAL} --data-dir {{}}/three --dataset npz --synthetic {{}}/good.npz", "good.npz: labels run"),
+    (f"{REAL} --data-dir {{}}/many --dataset npz --dra-weight 1", "--dataset npz: expected --teacher FILE"),
+    (f"{REAL} --data-dir {{}}/many --dataset npz --dra-weight 1 --teacher {EDM}",
+     "cond_vp.pkl: is for 32 px, 10 classes, not 32 and 43; --teacher-unconditional"),
+    (f"{REAL} --batch-size 128 --accumulate 3", "--batch-size 128: expected a multiple of 1 process(es) x"),
     # train_cifar.py: flags, and a folder of something else
     (f"{CIFAR} --arch resnet-18", "--arch resnet-18: expected vit-b-2, or wrn-DEPTH-WIDTH"),
     (f"{CIFAR} --arch wrn-11-1", "--arch wrn-11-1"), (f"{CIFAR} --eps 255", "--eps: '255'"),
@@ -166,6 +194,12 @@ CASES = [  # a command, and what its line has to say
     (f"{EVAL} {{}}/incomplete.pt", "incomplete.pt: is no wrn-28-10"),
     (f"{EVAL} {{}}/classes.pt", "classes.pt: classifies into 10 classes, cifar100 has 100"),
     (f"{EVAL} {TENTH} --script {{}}/none.py", "none.py"),
+    (f"{EVAL} {DMAT} --arch vit-tiny-2 --dataset cifar10", "cifar10.pt: is no vit-tiny-2 for cifar10"),
+    (f"{EVAL} {{}}/vit.pt --arch wrn-10-1", "vit.pt: is no wrn-10-1 for npz"),
+    (f"{EVAL} {{}}/torchvision.pt", "torchvision.pt: is no vit-b-2 for cifar10"),
+    (f"{EVAL} {{}}/vit.pt", "cifar: has label 9 in the test images, expected 0 to 2 as in training"),
+    (f"{EVAL} {{}}/vit.pt --data-dir {{}}/three --attacks apgd-t", "there is no apgd-t on 3 classes"),
+    (f"{EVAL} {DMAT} --arch wrn-10-1 --dataset npz", "does not say its num_classes, mean and std"),
     (f"{EVAL} {TENTH} --data-dir {{}}/no_test", "no_test/test.npz"),
     (f"{EVAL} {TENTH} --data-dir {{}}/pointers", f"pointers/test.npz: {LFS}"),
     (f"{EVAL} {TENTH} --eps 255", "--eps: '255'"), (f"{EVAL} {TENTH} --n 0", "--n: '0'"),

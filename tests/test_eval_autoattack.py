@@ -17,6 +17,7 @@ from torch import nn
 import eval_autoattack
 from eval_autoattack import (InputError, VerificationError, evaluate, load_classifier, load_imagenet, main,
                              verify)
+import train_cifar
 from train_cifar import build_model
 
 ROOT, FIXTURES = Path(__file__).parent.parent, Path(__file__).parent / "fixtures"
@@ -126,6 +127,54 @@ def test_other_versions_equal_the_librarys(images, labels, tmp_path, version):
     result = evaluate(tiny_model(), some, few, tmp_path, EPS, version=version, batch_size=3)
     assert torch.equal(result.adversarial, adversarial) and torch.equal(result.predicted, predicted)
     assert len(result.attacks) == {"plus": 6, "rand": 2}[version]
+
+
+@pytest.mark.parametrize("classes, attacks", [
+    (2, ["apgd-ce", "fab-t", "square"]), (3, ["apgd-ce", "fab-t", "square"]),
+    (5, ["apgd-ce", "apgd-t", "fab-t", "square"])])
+def test_with_few_classes_it_is_the_library_with_fewer_targets(images, tmp_path, classes, attacks):
+    """All wrong classes are targets. The targeted DLR loss needs four logits."""
+    model = tiny_model(classes=classes)
+    some, labels = images[:6], model(images[:6]).argmax(1)
+    labels[0] = (labels[0] + 1) % classes
+    library = pyautoattack.AutoAttack(tiny_model(classes=classes), norm="Linf", eps=EPS, version="standard",
+                                      seed=0)
+    library.attacks_to_run = attacks
+    library.apgd_targeted.n_target_classes = library.fab.n_target_classes = classes - 1
+    adversarial, predicted = library.run_standard_evaluation(some, labels, batch_size=4)
+    result = evaluate(model, some, labels, tmp_path, EPS, batch_size=4)
+    assert result.attacks == attacks
+    assert torch.equal(result.adversarial, adversarial) and torch.equal(result.predicted, predicted)
+
+
+def test_the_attacks_of_each_version_are_the_librarys():
+    for version, attacks in eval_autoattack.ATTACKS.items():
+        library = pyautoattack.AutoAttack(tiny_model(), norm="Linf", eps=EPS, version=version)
+        assert library.attacks_to_run == list(attacks)
+
+
+@pytest.mark.parametrize("classes, remarks", [
+    (3, ["targeted attacks try 2 wrong classes, not 9: there are no more",
+         "without apgd-t, whose loss needs more than 3 classes"]), (43, [])])
+def test_other_numbers_of_classes_go_from_train_npz_to_a_verdict(classes, remarks, tmp_path, capsys):
+    """Nothing but --dataset npz tells that they are not CIFAR's: classes, mean and deviation come from the
+    training images, and from the checkpoint."""
+    image, _ = train_cifar.draw_smoke_images(3 * classes, seed=0)
+    for split in ("train", "test"):
+        np.savez(tmp_path / f"{split}.npz", image=image, label=np.arange(len(image)) % classes)
+    data = ["--device", "cpu", "--data-dir", str(tmp_path)]
+    train_cifar.main([*data, "--dataset", "npz", "--arch", "wrn-10-1", "--dra-weight", "0", "--max-steps", "2",
+                      "--batch-size", "8", "--attack-steps", "1", "--out", str(tmp_path / "run")])
+    best = tmp_path / "run" / "best.pt"
+    model = load_classifier(best)
+    pixels = torch.from_numpy(image) / 255
+    torch.testing.assert_close(model.mean.flatten(), pixels.mean(dim=(0, 1, 2)), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(model.std.flatten(), pixels.std(dim=(0, 1, 2)), rtol=1e-4, atol=1e-4)
+    assert model.info.num_classes == classes and model(torch.zeros(1, 3, 32, 32)).shape == (1, classes)
+    main([str(best), *data, "--batch-size", "5"])
+    result = json.loads((tmp_path / "run" / "best.pt.autoattack" / "result.json").read_text())
+    assert result["reservations"] == remarks and result["eps"] == "8/255"
+    assert result["images"] == 3 * classes and (result["autoattack_acc"] is None) == bool(remarks)
 
 
 def test_a_random_model_is_remarked_upon_and_judged_by_rand(images, labels, tmp_path):
@@ -274,8 +323,8 @@ def test_what_cannot_be_judged_is_refused(images, labels, tmp_path):
     for wrong in (2 * images - 1, 255 * images, images.double(), images * torch.nan):
         with pytest.raises(InputError, match=r"float32 in \[0, 1\]"):
             evaluate(tiny_model(), wrong, labels, tmp_path, EPS)
-    with pytest.raises(InputError, match="9 classes, expected at least 10"):
-        evaluate(tiny_model(classes=9), images, labels, tmp_path, EPS)
+    with pytest.raises(InputError, match="no apgd-t on 3 classes"):
+        evaluate(tiny_model(classes=3), images, labels % 3, tmp_path, EPS, ["apgd-t"])
     with pytest.raises(VerificationError, match="not finite"):
         evaluate(Changed(lambda z, x: z.exp().exp() * 1e38), images, labels, tmp_path, EPS, batch_size=BATCH)
 

@@ -66,20 +66,20 @@ def tensors(value):
 def test_two_processes_draw_the_batches_and_held_out_images_of_one_bit_for_bit(name, computed):
     """Images, labels, starts of the attack, noise: what process r has are places r, r + 2, ..."""
     (one,), two = [[found[name] for found in computed[0][world]] for world in (1, 2)]
-    n_drawn = {"ViT": 6, "WRN": 6, "ImageNet": 4}[name]  # per batch; --extra-sigma has a level and two noises
+    n_drawn = 4 if name == "ImageNet" else 6  # per batch; --extra-sigma has a level and two noises
     assert len(tensors(one["batches"])) == 3 * n_drawn
     for whole, *shares in zip(*[tensors(found["batches"]) for found in (one, *two)]):
         assert len(whole) == 16 and all(len(share) == 8 for share in shares)
         assert all(torch.equal(share, whole[rank::2]) for rank, share in enumerate(shares))
     for i in range(3):  # images, labels, start
         whole, *shares = [torch.cat([batch[i] for batch in found["holdout"]]) for found in (one, *two)]
-        assert len(whole) == {"ViT": 108, "WRN": 108, "ImageNet": 40}[name]
+        assert len(whole) == (40 if name == "ImageNet" else 108)
         assert all(torch.equal(share, whole[rank::2]) for rank, share in enumerate(shares))
 
 
-@pytest.mark.parametrize("name", ["ViT", "ImageNet"])
+@pytest.mark.parametrize("name", ["ViT", "WRN in pieces", "ImageNet"])
 def test_loss_and_gradient_of_two_processes_are_those_of_one(name, computed):
-    """Without BatchNorm, and below the attack: its signs amplify rounding."""
+    """Where the pieces that BatchNorm normalises are the same. Without attack steps: signs amplify rounding."""
     (one,), two = [[found[name] for found in computed[0][world]] for world in (1, 2)]
     assert one["gradient"].abs().max() > 0
     for found in two:
@@ -96,6 +96,13 @@ def test_all_processes_hold_identical_weights_after_each_step(name, computed):
             assert torch.equal(first, second), f"after step {step}"
     (start, _), *_, (end, _) = computed[0][2][0][name]["weights"]
     assert not torch.equal(start, end)
+
+
+def test_one_process_in_four_pieces_has_the_weights_of_two_with_two_pieces_each(computed):
+    """After three steps, with the attack: piece j is places j, j + 4, ... of the batch in both."""
+    one, two = [[found["WRN in pieces"]["weights"] for found in computed[0][world]][0] for world in (1, 2)]
+    for (mine,), (theirs, _) in zip(one, two):
+        assert (mine - theirs).norm() < 1e-5 * mine.norm()
 
 
 def test_evaluations_use_the_running_statistics_of_process_0_in_all_processes(computed):

@@ -228,11 +228,10 @@ def test_a_folder_with_files_of_a_run_but_no_last_pt_is_refused(ten_steps, finis
 
 
 def test_another_recipe_is_refused_and_the_first_difference_is_named(ten_steps, finished):
-    """In the order of the flags, whatever their order on the command line."""
     before = contents(finished)
     for flags, difference in (
             ("--beta 6", "beta 5.0, not 6.0"), ("--seed 1", "seed 0, not 1"),
-            ("--seed 1 --beta 6 --eps 0.1", "beta 5.0, not 6.0"),
+            ("--seed 1 --beta 6 --eps 0.1", f"eps {8 / 255}, not 0.1"),
             ("--eps 4/255", f"eps {8 / 255}, not {4 / 255}"), ("--max-steps 11", "max_steps 10, not 11"),
             ("--synthetic-fraction 0.6", "synthetic_fraction 0.5, not 0.6"),
             ("--teacher-unconditional", "teacher_unconditional False, not True")):
@@ -628,9 +627,17 @@ def test_defaults_are_the_papers_wrn_34_10_row():
     assert (args.lr, args.weight_decay, args.ema_decay, args.eval_every) == (0.2, 5e-4, 0.995, 1)
     assert args.dra_weight == 1 and args.teacher_sigma == 0.06 and args.save_minutes == 5
     assert args.teacher.endswith("edm-cifar10-32x32-cond-vp.pkl") and args.amp is False
-    lion = parse_args(["--optimizer", "lion", "--dataset", "cifar100", "--dra-weight", "0"])
-    assert (lion.lr, lion.weight_decay, lion.teacher) == (1e-4, 0.5, None)
+    assert (args.max_norm, args.border, args.synthetic_fraction, args.accumulate) == (0, 0, None, 1)
     assert parse_args(["--dataset", "cifar100"]).teacher.endswith("edm-cifar100-32x32-cond-vp.pkl")
+
+
+def test_a_vit_has_the_recipe_of_wu_et_al_and_every_flag_beats_it():
+    args = parse_args(["--arch", "vit-b-2", "--dra-weight", "0"])
+    assert (args.lr, args.weight_decay, args.max_norm, args.ema_decay) == (1e-4, 0.5, 1, 0.9999)
+    assert (args.beta, args.label_smoothing, args.synthetic_fraction, args.border) == (3, 0.4, 0.8, 128)
+    own = parse_args("--arch vit-b-2 --dra-weight 0 --lr 1e-3 --beta 6 --border 0 --max-norm 0 --ema-decay 0.9"
+                     .split())
+    assert (own.lr, own.beta, own.border, own.max_norm, own.ema_decay) == (1e-3, 6, 0, 0, 0.9)
 
 
 def test_flags_beat_the_smoke_runs_settings():
@@ -669,7 +676,9 @@ BAD_FLAGS = {  # and what argparse says of them
     "--max-steps -5": "argument --max-steps: '-5': expected a whole number above 0",
     "--max-steps ten": "argument --max-steps: 'ten': expected a whole number above 0",
     "--batch-size 0": "argument --batch-size: '0': expected a whole number above 0",
-    "--optimizer adam": "argument --optimizer: invalid choice: 'adam'",
+    "--optimizer lion": "unrecognized arguments: --optimizer lion",  # --arch decides
+    "--accumulate 0": "argument --accumulate: '0': expected a whole number above 0",
+    "--dataset npz": "--dataset npz: expected --teacher FILE, or --dra-weight 0 for no alignment",
     "--dataset mnist": "argument --dataset: invalid choice: 'mnist'",
     "--nonsense": "unrecognized arguments: --nonsense",
     "--epoch 3": "unrecognized arguments: --epoch 3",  # no abbreviations

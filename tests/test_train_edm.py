@@ -134,7 +134,7 @@ def test_a_dropped_label_is_no_label():
 def small_run(*flags):
     args = parse_args([*FLAGS, *flags])
     images, labels = train_cifar.draw_smoke_images(20, seed=0)
-    return args, build_run(args, torch.device("cpu")), torch.from_numpy(images), torch.from_numpy(labels).long()
+    return args, build_run(args, torch.device("cpu"), 10), torch.from_numpy(images), torch.from_numpy(labels).long()
 
 
 def step_of(run, images, labels, step, args):
@@ -420,7 +420,7 @@ def test_bad_flags_and_files_are_named_and_write_nothing(finished, folder, tmp_p
             ([*out, "--sample", "8"], ".npz"), ([*out, "--sample", "0"], "--sample: '0'"), ([*out, "--probe", "1"], "--probe: '1'"),
             ([*out, "--channel-mult", "1", "1"], "--channel-mult"), ([*out, *FLAGS, "--num-blocks", "33"], "--num-blocks"),
             ([*draw, str(TINY), "--dry-run"], "--dry-run"), ([*out, "--smoke", "--dataset", "cifar100"], "--smoke"), ([*out, "--nonsense", "1"], "--nonsense"),
-            ([*out, *FLAGS, "--data-dir", str(tmp_path / "seven")], "has images of 7 classes, expected 10"), ([*out, "--data-dir", str(tmp_path / "x")], "x"),
+            ([*out, *FLAGS, "--data-dir", str(tmp_path / "seven")], "seven: no training image has label 9, expected 0 to 9"), ([*out, "--data-dir", str(tmp_path / "x")], "x"),
             ([*draw, str(tmp_path / "none.pt")], "none.pt"), ([*draw, str(tmp_path / "page.pt")], "page.pt: is a web page"),
             ([*draw, str(tmp_path / "pointer.pt")], "pointer.pt: is a Git LFS pointer"),
             ([*draw, str(tmp_path / "other.pt")], "other.pt: damaged, refused or no EDM network"),

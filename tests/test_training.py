@@ -258,7 +258,7 @@ def observed(monkeypatch, tmp_path):
     def step(model, averaged, projectors, teacher, optimizer, batch, ema_decay, args):
         group = optimizer.param_groups[0]
         steps.append({"lr": group["lr"], "momentum": group.get("momentum"), "ema_decay": ema_decay,
-                      "batchnorm": model.batchnorm.momentum})
+                      "batchnorm": model.batchnorm.momentum if hasattr(model, "batchnorm") else None})
         optimizer.step()  # or the scheduler would complain
         return dict.fromkeys(("loss", "train_clean", "train_robust"), torch.zeros(()))
     monkeypatch.setattr(train_cifar, "train_step", step)
@@ -303,11 +303,17 @@ def test_runs_of_a_few_steps_count_a_begun_epoch_as_one(observed, max_steps):
     assert [row["step"] for row in saved["log"]] == rows
 
 
-def test_lions_rate_follows_the_cycle_and_its_betas_stay(observed):
-    """Lion has no momentum to set."""
-    steps, _ = observed("--max-steps", "6", "--optimizer", "lion", "--lr", "1e-4")
-    assert [step["lr"] for step in steps] == pytest.approx([one_cycle(i // 2, 3, 1e-4)[0] for i in range(6)])
-    assert {step["momentum"] for step in steps} == {None}
+@pytest.mark.parametrize("steps, rise", [(300, 10), (40, 4), (5, 1), (2, 1), (1, 1)])
+def test_a_vits_rate_rises_in_five_epochs_and_falls_to_a_tenth(observed, steps, rise):
+    """An epoch has two steps here. Rise and fall are of Wu et al.: from 1e-6 to 1e-4 to 1e-5, in every step.
+    The average has its decay from the first step on."""
+    seen, _ = observed("--arch", "vit-tiny-2", "--max-steps", str(steps))
+    expected = [1e-6 + (1e-4 - 1e-6) * i / rise for i in range(rise)]
+    fall = np.linspace(0, np.pi, steps - rise)
+    expected += list(1e-5 + 0.5 * (1e-4 - 1e-5) * (1 + np.cos(fall)))
+    assert [step["lr"] for step in seen] == pytest.approx(expected)
+    assert {step["momentum"] for step in seen} == {None}, "Lion's betas stay"
+    assert {step["ema_decay"] for step in seen} == {0.9999}
 
 
 def test_first_step_replaces_the_running_statistics_and_averaging_waits_for_the_warm_up(observed):
@@ -355,13 +361,6 @@ def test_without_attack_steps_and_beta_a_step_is_plain_training(model, images):
     assert numbers["train_clean"] == numbers["train_robust"]
 
 
-def test_lion_has_no_weight_decay_on_vectors():
-    """The same rule as in train_imagenet.py."""
-    network = train_cifar.build_projector(8, 4)
-    decayed, undecayed = build_optimizer(step_arguments("--optimizer", "lion"), network).param_groups
-    assert decayed["weight_decay"] == 0.5 and undecayed["weight_decay"] == 0
-    assert {p.ndim for p in decayed["params"]} == {2} and {p.ndim for p in undecayed["params"]} == {1}
-    assert len(undecayed["params"]) == 3
 
 
 def test_batch_norm_alone_has_no_weight_decay_under_sgd(model):
@@ -371,19 +370,35 @@ def test_batch_norm_alone_has_no_weight_decay_under_sgd(model):
     assert set(undecayed["params"]) == norms and set(decayed["params"]) == set(model.parameters()) - norms
 
 
-def test_timms_lion_is_that_of_the_paper():
-    """Algorithm 2 of arXiv 2302.06675: the sign of a momentum, interpolated with 0.9 and kept with 0.99, and
-    decoupled decay."""
-    random = torch.Generator().manual_seed(0)
-    p = nn.Parameter(torch.randn(4, 3, generator=random))
-    optimizer = build_optimizer(step_arguments("--optimizer", "lion", "--lr", "0.1"), nn.ParameterList([p]))
-    weights, momentum = p.detach().clone(), torch.zeros(4, 3)
-    for _ in range(5):
-        p.grad = torch.randn(4, 3, generator=random)
-        optimizer.step()
-        weights = weights - 0.1 * ((0.9 * momentum + 0.1 * p.grad).sign() + 0.5 * weights)
-        momentum = 0.99 * momentum + 0.01 * p.grad
-        torch.testing.assert_close(p.data, weights, rtol=1e-6, atol=1e-6)
+def test_two_steps_of_a_vit_move_and_clip_and_decay_as_wu_et_al_say(images):
+    """Read off the weights after two steps. Lion (arXiv 2302.06675, algorithm 2, betas 0.95 and 0.98) moves
+    each weight by the rate, in the direction of a sign. The gradient is scaled down to the norm of --max-norm,
+    the projector's included. Matrices alone shrink by rate * 0.5: not the position embedding, LayerScale,
+    norms and biases."""
+    args = step_arguments("--arch", "vit-tiny-2", "--lr", "0.01", "--attack-steps", "1", "--max-norm", "0.1")
+    torch.manual_seed(0)
+    model = build_model("vit-tiny-2", 10)
+    projectors = nn.ModuleList([train_cifar.build_projector(64, 5)])
+    averaged, optimizer = copy.deepcopy(model), build_optimizer(args, model, projectors)
+    named = [*model.named_parameters(), *((f"projector.{n}", p) for n, p in projectors.named_parameters())]
+    weights = {name: p.detach().clone() for name, p in named}
+    momentum = {name: torch.zeros_like(p) for name, p in named}
+    matrices = {name for name, p in named if p.ndim > 1 and name != "pos_embed"}
+    assert len(matrices) == 1 + 2 * 4 + 1 + 3, "patches; qkv, proj, fc1, fc2 of each block; head; projector"
+    teacher, labels = lambda x, *_: x.mean(dim=(2, 3)) @ torch.ones(3, 5), torch.arange(8)
+    batch = SimpleNamespace(images=images, labels=labels, start=images,
+                            teacher_noise=[(0.1, torch.zeros_like(images))])
+    for _ in range(2):
+        train_cifar.train_step(model, averaged, projectors, teacher, optimizer, batch, 0.5, args)
+        gradient = {name: p.grad for name, p in named}  # after clipping
+        norm = torch.cat([g.flatten() for g in gradient.values()]).norm()
+        assert norm.item() == pytest.approx(0.1, rel=1e-4)
+        for name, p in named:
+            weights[name] *= 1 - 0.01 * 0.5 * (name in matrices)
+            weights[name] -= 0.01 * (0.95 * momentum[name] + 0.05 * gradient[name]).sign()
+            momentum[name] = 0.98 * momentum[name] + 0.02 * gradient[name]
+            torch.testing.assert_close(p.data, weights[name], rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(optimizer.state[p]["exp_avg"], momentum[name])
 
 
 # -------------------------------------------------------------------------------------------- models and data
@@ -418,16 +433,87 @@ def test_models_take_unit_range_images_and_agree_with_their_parts(model, images)
     assert features.shape == (2, 768) and network(images[:2]).shape == (2, 100)
 
 
-def test_vit_b_2_is_torchvisions():
-    """The same network as torchvision's own forward gives, with the normalisation in front."""
+def vit_by_hand(w, x, depth, heads):
+    """Features and logits of a ViT from its state dict `w`, in plain operations."""
+    def linear(x, name):
+        return x @ w[f"{name}.weight"].T + w[f"{name}.bias"]
+
+    def norm(x, name):
+        return nn.functional.layer_norm(x, x.shape[-1:], w[f"{name}.weight"], w[f"{name}.bias"], 1e-6)
+    patches = x.reshape(len(x), 3, 16, 2, 16, 2).permute(0, 2, 4, 1, 3, 5).reshape(len(x), 256, 12)
+    x = patches @ w["patch_embed.proj.weight"].flatten(1).T + w["patch_embed.proj.bias"] + w["pos_embed"]
+    for block in (f"blocks.{i}" for i in range(depth)):
+        q, k, v = linear(norm(x, f"{block}.norm1"), f"{block}.attn.qkv").chunk(3, dim=-1)
+        q, k, v = [part.unflatten(2, (heads, -1)).transpose(1, 2) for part in (q, k, v)]  # [B, heads, 256, D]
+        mixed = (q @ k.transpose(2, 3) / q.shape[-1]**0.5).softmax(dim=-1) @ v
+        x = x + w[f"{block}.ls1.gamma"] * linear(mixed.transpose(1, 2).flatten(2), f"{block}.attn.proj")
+        hidden = nn.functional.gelu(linear(norm(x, f"{block}.norm2"), f"{block}.mlp.fc1"), approximate="tanh")
+        x = x + w[f"{block}.ls2.gamma"] * linear(hidden, f"{block}.mlp.fc2")
+    features = norm(x, "norm").mean(dim=1)
+    return features, linear(features, "head")
+
+
+@torch.no_grad()
+def test_vit_b_2_is_that_of_wu_et_al():
+    """No class token, LayerScale, GELU in its tanh form, and the mean of the normalised tokens of an image in
+    [0, 1]. The weights are far from their start, or LayerScale's 1e-4 would hide the blocks."""
     torch.manual_seed(0)
-    network, images = build_model("vit-b-2", 10).eval(), torch.rand(1, 3, 32, 32)
-    nn.init.normal_(network.heads.head.weight)
-    with torch.no_grad():
-        normalised = (images - network.mean) / network.std
-        theirs = super(train_cifar.Classifier, network).forward(normalised)
-        torch.testing.assert_close(network(images), theirs)
-    assert sum(p.numel() for p in network.parameters()) == 85_271_818
+    network, images = build_model("vit-b-2", 10).eval(), torch.rand(2, 3, 32, 32)
+    assert sum(p.numel() for p in network.parameters()) == 85_288_714
+    for name, p in network.named_parameters():
+        nn.init.normal_(p, mean=1.0 if name.endswith(("norm1.weight", "gamma")) else 0.0, std=0.05)
+    features, logits = vit_by_hand(network.state_dict(), images, depth=12, heads=12)
+    torch.testing.assert_close(network.features(images), features, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(network(images), logits, rtol=1e-3, atol=1e-3)
+
+
+def test_a_vit_starts_from_a_normal_of_deviation_002():
+    """Also the patches, where timm would start wider; biases at 0, LayerScale at 1e-4."""
+    weights = dict(build_model("vit-b-2", 10).named_parameters())
+    for name in ("pos_embed", "patch_embed.proj.weight", "blocks.3.attn.qkv.weight", "head.weight"):
+        assert weights[name].std().item() == pytest.approx(0.02, rel=0.15), name
+    assert weights["patch_embed.proj.weight"].abs().max() <= 0.04
+    assert weights["blocks.3.ls2.gamma"].eq(1e-4).all()
+    assert all(p.eq(0).all() for name, p in weights.items() if name.endswith("bias"))
+
+
+@pytest.mark.parametrize("arch", ["vit-tiny-2", "wrn-10-1"])
+def test_a_batch_in_pieces_has_the_gradient_of_the_whole_one(images, arch):
+    """A ViT's up to rounding. A WideResNet normalises each piece by itself: its gradient is the mean of two
+    steps, one for the images with even and one for those with odd numbers. Without attack steps, whose signs
+    would amplify the rounding."""
+    torch.manual_seed(0)
+    network, noise = build_model(arch, 10), torch.randn(8, 3, 32, 32)
+    projectors = nn.ModuleList([train_cifar.build_projector(64, 5)])
+    teacher = lambda x, labels, sigma, noise: (x + sigma * noise).mean(dim=(2, 3)) @ torch.ones(3, 5)
+    whole = {"images": images, "labels": torch.arange(8), "teacher_noise": [(0.1, noise)]}
+    even, odd = [{"images": images[k::2], "labels": torch.arange(8)[k::2],
+                  "teacher_noise": [(0.1, noise[k::2])]} for k in (0, 1)]
+
+    def step(part, *flags):
+        model = copy.deepcopy(network)
+        args = step_arguments("--dra-weight", "1", "--teacher", "x", "--attack-steps", "0", "--arch", arch,
+                              "--max-norm", "0", *flags)
+        numbers = take_step(model, args=args, projectors=copy.deepcopy(projectors), teacher=teacher,
+                            **{"start": part["images"]} | part)
+        return model, numbers["loss"], torch.cat([p.grad.flatten() for p in model.parameters()])
+    model, loss, gradient = step(whole, "--accumulate", "2")
+    if arch == "wrn-10-1":
+        (first, *a), (_, *b) = step(even), step(odd)
+        expected = [(x + y) / 2 for x, y in zip(a, b)]
+        for mine, theirs in zip(model.buffers(), first.buffers()):
+            assert torch.equal(mine, theirs), "the first piece alone updates the running statistics"
+    else:
+        expected = step(whole)[1:]
+        torch.testing.assert_close((loss, gradient), step(whole, "--accumulate", "4")[1:], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close([loss, gradient], [*expected], rtol=1e-4, atol=1e-6)
+
+
+def test_vit_b_2_at_full_size_makes_a_step_in_four_pieces(images):
+    network = build_model("vit-b-2", 10)
+    numbers = take_step(network, images, step_arguments("--arch", "vit-b-2", "--accumulate", "4",
+                                                        "--attack-steps", "1"))
+    assert numbers["loss"].isfinite() and numbers["train_clean"] in (0, 12.5, 25, 37.5, 50)
 
 
 def test_bfloat16_stays_inside_the_backbone(model, images):
