@@ -541,7 +541,7 @@ def reservations(args, info, settings):
         (full or info.dataset == "npz" and args.n is None, "NOT THE FULL TEST SET"),
         (args.attacks is None, f"ONLY {' '.join(args.attacks or [])}: not AutoAttack"),
         (benchmark.classes in (None, classes), f"{classes} classes, not {benchmark.classes}"),
-        (classes >= 10, f"targeted attacks try {classes - 1} wrong classes, not 9: there are no more"),
+        (classes >= 10, f"{classes - 1} of 9 targets in targeted attacks: there are no more"),
         (not left_out, f"without {' and '.join(left_out)}, whose loss needs more than {classes} classes"),
         (size == 224, f"{size} px, not 224"),
         (args.version == "standard", f"version {args.version}, not standard"),

@@ -145,7 +145,7 @@ def parse_args(argv=None):
     add("--synthetic", nargs="+", default=[], metavar="FILE", help="DM-AT's .npz files, any number of parts")
     add("--arch", default="wrn-34-10", help="wrn-DEPTH-WIDTH with DEPTH = 6n + 4, or vit-b-2")
     add("--epochs", type=count, default=200, help="of ceil(real images / batch size) steps (stated per row)")
-    add("--max-steps", type=count, help="in place of --epochs; within one epoch the rate is lr / 250,000")
+    add("--max-steps", type=count, help="number of steps, in place of --epochs")
     add("--batch-size", type=count, default=128, help="over all processes (stated per row)")
     add("--accumulate", type=count, default=1, help="compute each batch in so many pieces, for less memory")
     # Attack. Ten steps reach further than eps, so that PGD can cross the ball and correct itself.
@@ -1000,6 +1000,8 @@ def print_plan(args, data, teacher, total_steps):
     print(f"{data.n_real:,} real, {data.n_synthetic:,} synthetic and {data.n_holdout:,} held-out images")
     print(f"{total_steps:,} steps = {total_steps / data.steps_per_epoch:g} epochs; in each step",
           f"{data.batch_real} real + {data.batch_synthetic} synthetic images", flush=True)
+    if args.family == "wrn" and total_steps <= data.steps_per_epoch:
+        print("WARNING: a run of one epoch hardly trains, see build_scheduler", flush=True)
     if args.family == "vit" and args.ema_decay**total_steps > 0.1:
         print(f"WARNING: --ema-decay {args.ema_decay:g}: after {total_steps} steps the average is still to",
               f"{100 * args.ema_decay**total_steps:.0f} % the random weights of the start", flush=True)

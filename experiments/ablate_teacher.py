@@ -51,9 +51,9 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project's root, for the imports below
 import train_cifar
 from edm_encoder import EDMEncoder
-from train_cifar import (DATASETS, WARMUP, Classifier, Data, InputError, averaging_decay, build_run,
-                         compile_parts, generator, load_real, load_teacher, lock, parse_args, print_plan,
-                         recipe, reduce_recent, resume, save, update_average, write_atomically, write_log)
+from train_cifar import (WARMUP, Classifier, Data, InputError, averaging_decay, build_run, compile_parts,
+                         generator, load_real, load_teacher, lock, parse_args, print_plan, recipe,
+                         reduce_recent, resume, save, update_average, write_atomically, write_log)
 
 # ------------------------------------------------------------------------------------------------------------
 # Settings.

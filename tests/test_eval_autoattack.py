@@ -154,7 +154,7 @@ def test_the_attacks_of_each_version_are_the_librarys():
 
 
 @pytest.mark.parametrize("classes, remarks", [
-    (3, ["targeted attacks try 2 wrong classes, not 9: there are no more",
+    (3, ["2 of 9 targets in targeted attacks: there are no more",
          "without apgd-t, whose loss needs more than 3 classes"]), (43, [])])
 def test_other_numbers_of_classes_go_from_train_npz_to_a_verdict(classes, remarks, tmp_path, capsys):
     """Nothing but --dataset npz tells that they are not CIFAR's: classes, mean and deviation come from the
