@@ -77,11 +77,10 @@ BENCHMARKS = {
     # Images of your own: the checkpoint says how many classes, and all of test.npz is judged.
     "npz": SimpleNamespace(classes=None, eps=8 / 255, images=None, script="train_cifar.py"),
 }
-ATTACKS = {  # of each --version, in the library's order
-    "standard": ("apgd-ce", "apgd-t", "fab-t", "square"),
-    "plus": ("apgd-ce", "apgd-dlr", "fab", "square", "apgd-t", "fab-t"),
-    "rand": ("apgd-ce", "apgd-dlr"),
-}
+# The attacks of each --version, in the library's order.
+ATTACKS = {"standard": ("apgd-ce", "apgd-t", "fab-t", "square"),
+           "plus": ("apgd-ce", "apgd-dlr", "fab", "square", "apgd-t", "fab-t"),
+           "rand": ("apgd-ce", "apgd-dlr")}
 # The DLR loss is made of the three largest logits, its targeted form of four. With fewer classes there is no
 # such attack.
 CLASSES_NEEDED = {"apgd-dlr": 3, "apgd-t": 4}
@@ -165,14 +164,19 @@ def load_classifier(path, arch=None, dataset=None, script=None, weights="average
         model = build_model(arch, classes, **last)
     except ValueError as error:  # an architecture that the script does not know
         raise InputError(f"{path}: {script.name} cannot build it ({error})") from None
-    state, expected = choose_weights(path, saved, weights), model.state_dict()
+    state, expected = dict(choose_weights(path, saved, weights)), model.state_dict()
     for prefix in ("module.", "model.", "0."):  # of DataParallel, a wrapper, and DM-AT's Sequential
         if state.keys() != expected.keys() and all(name.startswith(prefix) for name in state):
             state = {name.removeprefix(prefix): value for name, value in state.items()}
+    # The normalisation is the checkpoint's: from its settings, or from among its weights, as others keep it.
+    normalisation = [saved[name] for name in ("mean", "std") if dataset == "npz"]
+    for names in (("mean", "std"), ("mu", "sigma")):
+        if set(names) <= state.keys() - expected.keys():
+            normalisation = [state.pop(name).flatten().tolist() for name in names]
     check_fit(path, state, expected, f"{arch} for {dataset}")
     model.load_state_dict(state)
-    if dataset == "npz":
-        model.set_normalisation(saved["mean"], saved["std"])
+    if normalisation:
+        model.set_normalisation(*normalisation)
     # ImageNet's class names go with args, where earlier checkpoints of these scripts have them.
     model.info = SimpleNamespace(arch=arch, dataset=dataset, weights=weights, num_classes=classes,
                                  script=script, step=saved.get("step"),

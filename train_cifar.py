@@ -92,7 +92,8 @@ PROJECTOR_WIDTH = 2048  # hidden width of h: REPA's, arXiv 2410.06940; the three
 EXTRA_LOG_SIGMA = (-1.2, 1.2)  # mean and deviation of ln(sigma) for --extra-sigma: those of EDM's training
 LOG_EVERY = 50  # steps between rows of log.csv
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-SMOKE = {"arch": "wrn-10-1", "epochs": 4, "batch_size": 64, "out": "runs/smoke", "device": "cpu"}  # for --smoke
+# Other defaults for --smoke.
+SMOKE = {"arch": "wrn-10-1", "epochs": 4, "batch_size": 64, "out": "runs/smoke", "device": "cpu"}
 
 
 def flag_type(description, convert, fits):

@@ -415,6 +415,16 @@ build_model = lambda *args, **kwargs: Wrapped(plain(*args, **kwargs))
 """
 
 
+@pytest.mark.parametrize("names", [("mu", "sigma"), ("mean", "std")])
+def test_a_normalisation_among_the_weights_is_that_of_the_network(names, ours, tmp_path):
+    """As RobustBench's and others' files have it: [3, 1, 1], or with one more dimension in front."""
+    found = {f"module.{name}": torch.full((1, 3, 1, 1), value) for name, value in zip(names, (0.25, 0.75))}
+    torch.save({f"module.{name}": value for name, value in ours[1].items()} | found, tmp_path / "theirs.pt")
+    model = load_classifier(tmp_path / "theirs.pt", **WRN)
+    assert model.mean.flatten().tolist() == 3 * [0.25] and model.std.flatten().tolist() == 3 * [0.75]
+    assert torch.equal(model.logits.weight, ours[1]["logits.weight"])
+
+
 @pytest.mark.parametrize("script, prefix", [(TINY_SCRIPT, ""), (WRAPPED_SCRIPT, "model.")])
 def test_a_modified_script_makes_the_network(script, prefix, tmp_path):
     """A name that begins with "model." is stripped only where the network does not have it."""

@@ -525,6 +525,26 @@ def test_dry_run_prints_the_plan_and_writes_nothing(files, tmp_path, capsys):
     assert not (tmp_path / "never").exists()
 
 
+def test_a_vit_keeps_its_last_average_and_a_run_too_short_for_it_says_so(tmp_path, capsys):
+    """Images go in as they are, whatever the data set: the checkpoint says mean 0 and deviation 1."""
+    main(["--smoke", "--arch", "vit-tiny-2", "--dataset", "npz", "--dra-weight", "0", "--max-steps", "2",
+          "--batch-size", "8", "--attack-steps", "1", "--out", str(tmp_path)])
+    printed = capsys.readouterr().out
+    assert "WARNING: --ema-decay 0.9999: after 2 steps the average is still to 100 % the random" in printed
+    assert f"python eval_autoattack.py {tmp_path / 'last.pt'}" in printed
+    for name in ("last.pt", "best.pt"):
+        saved = torch.load(tmp_path / name, weights_only=True)
+        assert (saved["mean"], saved["std"], saved["num_classes"]) == ([0, 0, 0], [1, 1, 1], 10)
+    assert {row["lr"] for row in torch.load(tmp_path / "last.pt", weights_only=True)["log"]} == {1e-4}
+
+
+@pytest.mark.parametrize("steps, warns", [(1, True), (2, False)])
+def test_a_wide_resnets_run_of_one_epoch_is_warned_of(steps, warns, files, capsys, tmp_path):
+    main(["--device", "cpu", "--dry-run", "--dra-weight", "0", "--arch", "wrn-10-1", "--max-steps", str(steps),
+          "--batch-size", "64", "--data-dir", str(files), "--out", str(tmp_path)])
+    assert ("WARNING: a run of one epoch hardly trains" in capsys.readouterr().out) == warns
+
+
 def test_training_reads_no_test_image(ten_steps, tmp_path, monkeypatch):
     splits = []
 

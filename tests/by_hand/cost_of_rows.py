@@ -75,8 +75,8 @@ def make_batch(script, teacher, n_projectors, size):
     noise = [(torch.zeros(size), images) for _ in range(n_projectors)]
     if script is train_imagenet:
         noise = torch.zeros(size, *teacher.latent_shape) if teacher else None
-    return SimpleNamespace(images=images, labels=torch.zeros(size, dtype=torch.long), start=images, target=None,
-                           teacher_noise=noise)
+    labels = torch.zeros(size, dtype=torch.long)
+    return SimpleNamespace(images=images, labels=labels, start=images, target=None, teacher_noise=noise)
 
 
 def saved_bytes(model, images):
@@ -119,7 +119,7 @@ def row(script, flags):
     per_image, constant = 2 * (two - one), 2 * one - two  # two graphs; bfloat16 copies of the weights
     pixels = 3 * (224 if imagenet else 32)**2
     fixed = constant + 4 * size_in_bytes(model, projectors) + size_in_bytes(teacher)
-    fixed += args.batch_size * 4 * pixels * (3 + 2 * len(projectors))  # images, starts, noise, and their draws
+    fixed += args.batch_size * 4 * pixels * (3 + 2 * len(projectors))  # images, starts, noise and draws
 
     def memory(pieces):
         return fixed + per_image * args.batch_size / pieces
@@ -136,8 +136,8 @@ def row(script, flags):
 
 def main():
     """The command line."""
-    print("| images | network | method | synthetic | batch | steps | FLOP | H100 hours | GB | `--accumulate` for "
-          "80 GB | for 24 GB |\n|" + 11 * "---|")
+    print("| images | network | method | synthetic | batch | steps | FLOP | H100 hours | GB | "
+          "`--accumulate` for 80 GB | for 24 GB |\n|" + 11 * "---|")
     done = set()
     for name, flags in commands():
         script = {"train_cifar.py": train_cifar, "train_imagenet.py": train_imagenet}.get(name)
