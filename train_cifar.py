@@ -126,7 +126,7 @@ RECIPES = {
     "beta":               (number,   5.0,   3.0,    "weight of TRADES' KL term"),
     "label_smoothing":    (fraction, 0.1,   0.4,    "in the cross-entropy"),
     "ema_decay":          (fraction, 0.995, 0.9999, "tau of the weight averaging"),
-    "synthetic_fraction": (fraction, None,  0.8,    "of each batch"),  # None: 0.7, and over 1M images 0.8
+    "synthetic_fraction": (fraction, None,  0.8,    "of each batch; None: 0.7, over 1M images 0.8"),
     "border":             (whole,    0,     128,    "grey value around an image before the random crop"),
 }
 
@@ -522,7 +522,7 @@ def build_scheduler(args, optimizer, total_steps, steps_per_epoch=1):
     """WideResNets: torch's OneCycleLR, to be stepped once per EPOCH (inherited). The rate rises from lr / 25
     to lr in the first 2.5 % of the epochs and then falls to lr / 250,000, both along half a cosine. SGD's
     momentum goes the other way, from 0.95 to 0.85 and back, whatever the optimizer was built with. A run of
-    one epoch has the last of these rates, so it hardly trains.
+    fewer than 40 epochs begins on the way down; a run of one epoch has only the last rate and hardly trains.
 
     ViTs: to be stepped once per STEP (Wu et al.). The rate rises linearly from lr / 100 to lr over five
     epochs, at most a tenth of the steps, and falls to lr / 10 along half a cosine.
