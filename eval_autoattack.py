@@ -151,8 +151,8 @@ def load_classifier(path, arch=None, dataset=None, script=None, weights="average
         raise InputError(f"{path}: does not say its arch or dataset; give --arch and --dataset")
     benchmark = BENCHMARKS[dataset]
     classes = saved.get("num_classes", benchmark.classes)
-    if dataset == "npz" and not {"num_classes", "mean", "std"} <= saved.keys():
-        raise InputError(f"{path}: does not say its num_classes, mean and std, as --dataset npz needs")
+    if classes is None:
+        raise InputError(f"{path}: does not say its number of classes, as --dataset npz needs")
     # On ImageNet, one may train on a part of the classes.
     if classes != benchmark.classes and dataset in ("cifar10", "cifar100"):
         raise InputError(f"{path}: classifies into {classes} classes, {dataset} has {benchmark.classes}")
@@ -164,19 +164,20 @@ def load_classifier(path, arch=None, dataset=None, script=None, weights="average
         model = build_model(arch, classes, **last)
     except ValueError as error:  # an architecture that the script does not know
         raise InputError(f"{path}: {script.name} cannot build it ({error})") from None
-    state, expected = dict(choose_weights(path, saved, weights)), model.state_dict()
+    state, expected = choose_weights(path, saved, weights), model.state_dict()
     for prefix in ("module.", "model.", "0."):  # of DataParallel, a wrapper, and DM-AT's Sequential
         if state.keys() != expected.keys() and all(name.startswith(prefix) for name in state):
             state = {name.removeprefix(prefix): value for name, value in state.items()}
-    # The normalisation is the checkpoint's: from its settings, or from among its weights, as others keep it.
-    normalisation = [saved[name] for name in ("mean", "std") if dataset == "npz"]
-    for names in (("mean", "std"), ("mu", "sigma")):
-        if set(names) <= state.keys() - expected.keys():
-            normalisation = [state.pop(name).flatten().tolist() for name in names]
+    # The normalisation is the file's: among its settings, or among its weights, as in some files of others.
+    for source, *names in ((saved, "mean", "std"), (state, "mean", "std"), (state, "mu", "sigma")):
+        if set(names) <= source.keys() - expected.keys() and hasattr(model, "set_normalisation"):
+            mean, std = [torch.as_tensor(source[name]).flatten() for name in names]
+            if not len(mean) == len(std) == 3 or not (mean.isfinite() & std.isfinite() & (std > 0)).all():
+                raise InputError(f"{path}: expected three numbers each as {names[0]} and {names[1]}")
+            model.set_normalisation(mean.tolist(), std.tolist())
+            state = {name: value for name, value in state.items() if name not in names}
     check_fit(path, state, expected, f"{arch} for {dataset}")
     model.load_state_dict(state)
-    if normalisation:
-        model.set_normalisation(*normalisation)
     # ImageNet's class names go with args, where earlier checkpoints of these scripts have them.
     model.info = SimpleNamespace(arch=arch, dataset=dataset, weights=weights, num_classes=classes,
                                  script=script, step=saved.get("step"),
@@ -469,7 +470,7 @@ def load_images(args, info, split="test"):
     source = SimpleNamespace(dataset=info.dataset, data_dir=args.data_dir,
                              smoke=info.args.get("smoke") is True, seed=info.args.get("seed", 0))
     images, labels = [torch.as_tensor(array[:args.n]) for array in load_real(source, split)]
-    if labels.max() >= info.num_classes:
+    if info.num_classes and labels.max() >= info.num_classes:
         raise InputError(f"{args.data_dir}: has label {labels.max()} in the {split} images, expected "
                          f"0 to {info.num_classes - 1} as in training")
     return images.permute(0, 3, 1, 2).contiguous().float() / 255, labels.long()
@@ -545,7 +546,8 @@ def reservations(args, info, settings):
         (full or info.dataset == "npz" and args.n is None, "NOT THE FULL TEST SET"),
         (args.attacks is None, f"ONLY {' '.join(args.attacks or [])}: not AutoAttack"),
         (benchmark.classes in (None, classes), f"{classes} classes, not {benchmark.classes}"),
-        (classes >= 10, f"{classes - 1} of 9 targets in targeted attacks: there are no more"),
+        (classes >= 10 or not {"apgd-t", "fab-t"} & set(attacks),
+         f"{classes - 1} of 9 targets in targeted attacks: there are no more"),
         (not left_out, f"without {' and '.join(left_out)}, whose loss needs more than {classes} classes"),
         (size == 224, f"{size} px, not 224"),
         (args.version == "standard", f"version {args.version}, not standard"),

@@ -1,4 +1,4 @@
-"""Adversarial training with diffusion representation alignment (DRA) on CIFAR-10 and CIFAR-100, in one file.
+"""Adversarial training with diffusion representation alignment (DRA) on CIFAR-sized images, in one file.
 
 Paper: "Expanding the Role of Diffusion Models for Robust Classifier Training", arXiv 2602.19931.
 
@@ -49,7 +49,6 @@ import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from fractions import Fraction
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -112,12 +111,18 @@ positive = flag_type("a number above 0", float, lambda x: x > 0)
 fraction = flag_type("a number of at least 0 and below 1", float, lambda x: 0 <= x < 1)
 whole = flag_type("a whole number of at least 0", int, lambda x: x.denominator == 1 and 0 <= x < 2**63)
 count = flag_type("a whole number above 0", int, lambda x: x.denominator == 1 and 0 < x < 2**63)
+grey = flag_type("a whole number from 0 to 255", int, lambda x: x.denominator == 1 and 0 <= x < 256)
 
 
 # The recipe belongs to the architecture. WideResNets follow DM-AT (inherited), ViTs follow Wu et al. (AAAI
 # 2025; stated, numbers from their public code). Each row is a flag, so each number can be set by itself.
-# Optimizer and schedule are in `build_optimizer` and `build_scheduler`. A larger beta gives more robust and
-# less clean accuracy. Robustness needs far more images than the real ones.
+# A larger beta gives more robust and less clean accuracy. What is no single number:
+#
+#                          wrn-*                        vit-*
+#   `build_optimizer`      SGD with Nesterov momentum   Lion, betas 0.95 and 0.98
+#   `build_scheduler`      one cycle, by epoch          5 epochs up from 1e-6, half a cosine to 1e-5, by step
+#   `averaging_decay`      rises to tau after 2.5 %     tau from the first step on
+#   to be judged           best.pt                      last.pt, the last average
 RECIPES = {
     # flag                 type      wrn-*  vit-*   meaning
     "lr":                 (positive, 0.2,   1e-4,   "peak learning rate"),  # 0.2 is for batches of 512
@@ -126,8 +131,9 @@ RECIPES = {
     "beta":               (number,   5.0,   3.0,    "weight of TRADES' KL term"),
     "label_smoothing":    (fraction, 0.1,   0.4,    "in the cross-entropy"),
     "ema_decay":          (fraction, 0.995, 0.9999, "tau of the weight averaging"),
+    # 0.7: DM-AT's. 0.8: Wu et al.'s, and for a WRN with over 1M images arXiv 2404.09349's.
     "synthetic_fraction": (fraction, None,  0.8,    "of each batch; None: 0.7, over 1M images 0.8"),
-    "border":             (whole,    0,     128,    "grey value around an image before the random crop"),
+    "border":             (grey,     0,     128,    "grey value around an image before the random crop"),
 }
 
 
@@ -141,7 +147,7 @@ def parse_args(argv=None):
         add("--" + name.replace("_", "-"), type=kind, help=f"{meaning} (wrn-*: {wrn}, vit-*: {vit})",
             default=argparse.SUPPRESS)
     # Data and model.
-    add("--dataset", choices=list(DATASETS), default="cifar10", help="sets classes, normalisation, teacher")
+    add("--dataset", choices=list(DATASETS), default="cifar10", help="npz: any classes, from train.npz")
     add("--data-dir", default="data", help="train.npz and test.npz (see `open_npz`), else downloaded")
     add("--synthetic", nargs="+", default=[], metavar="FILE", help="DM-AT's .npz files, any number of parts")
     add("--arch", default="wrn-34-10", help="wrn-DEPTH-WIDTH with DEPTH = 6n + 4, or vit-b-2")
@@ -182,8 +188,6 @@ def parse_args(argv=None):
         vars(args).setdefault(name, vit if args.family == "vit" else wrn)
     if args.teacher is None and args.dra_weight > 0 and not args.smoke:
         args.teacher = DATASETS[args.dataset].teacher
-        if args.teacher is None:
-            parser.error("--dataset npz: expected --teacher FILE, or --dra-weight 0 for no alignment")
     args.amp = args.device == "cuda" if args.amp is None else args.amp
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: there is no CUDA device here")
@@ -293,9 +297,11 @@ def build_vit(depth, width, heads, num_classes):
 
     model = ViT(img_size=32, patch_size=2, embed_dim=width, depth=depth, num_heads=heads,
                 num_classes=num_classes, class_token=False, global_pool="avg", fc_norm=False,
-                init_values=1e-4, act_layer=partial(nn.GELU, approximate="tanh"))
-    # timm starts all layers at a normal with deviation 0.02, apart from this one, which is wider there.
-    nn.init.trunc_normal_(model.patch_embed.proj.weight, std=0.02, a=-0.04, b=0.04)
+                init_values=1e-4, act_layer="gelu_tanh")
+    # All weights start at a normal of deviation 0.02 that is cut at two deviations. timm cuts elsewhere.
+    layers = [layer for layer in model.modules() if isinstance(layer, (nn.Linear, nn.Conv2d))]
+    for weight in [model.pos_embed, *(layer.weight for layer in layers)]:
+        nn.init.trunc_normal_(weight, std=0.02, a=-0.04, b=0.04)
     nn.init.zeros_(model.patch_embed.proj.bias)
     return model
 
@@ -354,8 +360,7 @@ def set_batchnorm(model, **attributes):
     `momentum`, by how much."""
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
-            for name, value in attributes.items():
-                setattr(module, name, value)
+            vars(module).update(attributes)
 
 
 def kl_divergence(clean_logits, adv_logits, reduction):
@@ -436,8 +441,8 @@ def train_step(model, averaged, projectors, teacher, optimizer, batch, ema_decay
     for k, piece in enumerate(split_batch(batch, args.accumulate)):
         images, labels = piece.images, piece.labels
 
-        # The clean forward comes first and serves twice: the attack moves away from its p(x), and L
-        # contains it. Of several pieces, the first alone updates BatchNorm's running statistics.
+        # The clean forward serves twice: the attack moves away from its p(x), and L contains it. Of several
+        # pieces, the first alone updates BatchNorm's running statistics.
         set_batchnorm(model, track_running_stats=k == 0)
         clean_logits = model(images)
 
@@ -447,8 +452,8 @@ def train_step(model, averaged, projectors, teacher, optimizer, batch, ema_decay
             adv = trades_attack(model, images, piece.start, args.eps, args.step_size, args.attack_steps,
                                 clean_logits)
 
-        # L_TRADES. The clean and the adversarial forward are two, not one of both halves together: each half
-        # is normalised by its own statistics (DM-AT). Both update the running ones.
+        # L_TRADES. Clean and adversarial images have a forward each, and so are normalised by their own
+        # statistics (DM-AT).
         set_batchnorm(model, track_running_stats=k == 0)
         adv_features = model.features(adv)  # enc(x'), [B, D]
         adv_logits = model.head(adv_features)
@@ -461,7 +466,7 @@ def train_step(model, averaged, projectors, teacher, optimizer, batch, ema_decay
         given_labels = None if args.teacher_unconditional else labels
         for projector, (sigma, noise) in zip(projectors, piece.teacher_noise):
             with torch.no_grad(), torch.autocast(images.device.type, torch.bfloat16, enabled=args.amp):
-                target = teacher(images, given_labels, sigma, noise)  # g: [B, width], mean over 8 x 8
+                target = teacher(images, given_labels, sigma, noise)  # g: [B, width], a mean over positions
             alignment = alignment + dra_loss(projector(adv_features), target) / len(projectors)  # (chosen)
 
         # Eq. (4). Every term is a mean over images, so the mean of the pieces' losses is that of the batch.
@@ -469,6 +474,7 @@ def train_step(model, averaged, projectors, teacher, optimizer, batch, ema_decay
         (loss / args.accumulate).backward()
         clean, robust = [(x.argmax(1) == labels).float().mean() * 100 for x in (clean_logits, adv_logits)]
         numbers.append(torch.stack([loss, trades, -alignment, clean, robust]).detach())
+    set_batchnorm(model, track_running_stats=True)
     # Classifier and h learn together: same optimizer, same rate and weight decay (chosen).
     parameters = [*model.parameters(), *projectors.parameters()]
     average_gradients(parameters)  # over the processes of torchrun
@@ -476,7 +482,6 @@ def train_step(model, averaged, projectors, teacher, optimizer, batch, ema_decay
         nn.utils.clip_grad_norm_(parameters, args.max_norm)
     optimizer.step()
     update_average(averaged, model, ema_decay)
-
     names = ("loss", "trades", "cosine", "train_clean", "train_robust")
     means = dict(zip(names, torch.stack(numbers).mean(dim=0)))
     return {name: value for name, value in means.items() if name != "cosine" or len(projectors)}
@@ -646,8 +651,8 @@ def open_npz(path, classes=None):
     low, high = labels.min(), labels.max()
     # DM-AT's files for CIFAR-10 and CIFAR-100 have the same names. Labels up to 9 tell that it is the former.
     if low < 0 or classes and high >= classes or classes == 100 and high < 10:
-        raise InputError(f"{path}: labels run from {low} to {high}, expected 0 to "
-                         f"{classes - 1 if classes else 'any'}; --dataset npz takes other classes")
+        expected = f"0 to {classes - 1}; --dataset npz takes other classes" if classes else "0 or more"
+        raise InputError(f"{path}: labels run from {low} to {high}, expected {expected}")
     if hasattr(mmap, "MADV_RANDOM"):  # single images will be read, from all over the file: no reading ahead
         images.base.madvise(mmap.MADV_RANDOM)
     return images, labels.astype(np.int64)
@@ -674,10 +679,11 @@ def load_real(args, split):
 def count_classes(args, labels):
     """Number of classes of the training labels: the data set's, for npz the largest label + 1. Raises
     InputError where not all of them are there (of CIFAR one may take a part: the first and the last)."""
-    classes = DATASETS[args.dataset].classes or int(labels.max()) + 1
-    missing = np.setdiff1d(range(classes) if args.dataset == "npz" else [0, classes - 1], labels)
-    if len(missing) and not args.smoke:
-        raise InputError(f"{args.data_dir}: no training image has label {missing[0]}, expected 0 to "
+    classes, found = DATASETS[args.dataset].classes or int(labels.max()) + 1, set(labels.tolist())
+    expected = range(max(2, classes)) if args.dataset == "npz" else (0, classes - 1)
+    missing = next((label for label in expected if label not in found), None)
+    if missing is not None and not args.smoke:
+        raise InputError(f"{args.data_dir}: no training image has label {missing}, expected 0 to "
                          f"{classes - 1}; --dataset npz takes any number of classes")
     return classes
 
@@ -942,7 +948,9 @@ def load_teacher(args, classes=None):
     [B], noise: N(0, 1) like images). The images are clean; it adds the noise itself. It returns features
     [B, width].
     """
-    classes = classes or DATASETS[args.dataset].classes
+    classes = classes or DATASETS[args.dataset].classes or 0
+    if args.teacher is None and not args.smoke:
+        raise InputError("--dataset npz: expected --teacher FILE, or --dra-weight 0 for no alignment")
     if args.teacher is None:  # the smoke run: features of a random network are a poor target, but they do
         torch.manual_seed(args.seed)
         network = {"label_dim": classes, "model_channels": 16, "channel_mult": [1, 2, 2], "num_blocks": 1}
@@ -968,8 +976,9 @@ def build_run(args, data, teacher=None, total_steps=1, build=None):
     torch.manual_seed(args.seed)
     model = (build or build_model)(args.arch, data.classes, args.dataset)
     if args.dataset == "npz" and args.family == "wrn" and build is None:  # normalise by the images' own
-        std, mean = torch.std_mean(torch.from_numpy(data.parts[0][0]) / 255, dim=(0, 1, 2))
-        model.set_normalisation(mean.tolist(), std.tolist())
+        some = torch.from_numpy(data.parts[0][0][::1 + data.n_real // 50_000]) / 255  # enough to tell
+        std, mean = torch.std_mean(some, dim=(0, 1, 2))
+        model.set_normalisation(mean.tolist(), std.clamp(min=1 / 255).tolist())
     # In evaluation mode, or the zeros would enter BatchNorm's running statistics.
     width = model.eval().features(torch.zeros(1, 3, 32, 32)).shape[1]
     # One projector per noise level (chosen): features at two levels say different things.
@@ -1014,7 +1023,7 @@ def train(args, data, teacher, run, out, total_steps):
     about = {"args": vars(args), "recipe": recipe(args, data), "arch": args.arch, "dataset": args.dataset,
              "num_classes": data.classes}
     about |= {name: getattr(run.model, name).flatten().tolist() for name in ("mean", "std")
-              if hasattr(run.model, name)}
+              if isinstance(getattr(run.model, name, None), torch.Tensor)}
     resume(out, about, run)
     if data.rank == 0:
         print(f"from step {run.step} to {total_steps}", flush=True)

@@ -62,7 +62,8 @@ PROBE_DECAY = 1e-3  # weight of the linear probe's squared weights, on standardi
 # Flags of train_cifar.py that an ablation sets itself or has no use for. They are refused.
 ALWAYS = ["--arch", "--dra-weight", "--extra-sigma", "--teacher-unconditional"]
 REFUSED = {"finetune-encoder": ALWAYS, "noisy-classifier": [
-    *ALWAYS, "--beta", "--eps", "--step-size", "--attack-steps", "--eval-every", "--save-minutes"]}
+    *ALWAYS, "--beta", "--eps", "--step-size", "--attack-steps", "--accumulate", "--max-norm", "--eval-every",
+    "--save-minutes"]}
 # Other defaults for --smoke: the encoder is larger than the network that train_cifar.py's are made for.
 SMOKE = {"finetune-encoder": ["--lr", "0.02", "--epochs", "3", "--attack-steps", "2"],
          "noisy-classifier": ["--lr", "0.02"]}

@@ -81,7 +81,7 @@ def prepare(script, flags):
         data = script.Data(args, device)
         made_up = args.teacher == script.DATASETS[args.dataset].teacher  # the default, a download
         load = random_edm if made_up else script.load_teacher
-        teacher = load(args).to(device) if args.dra_weight else None
+        teacher = load(args, data.classes).to(device) if args.dra_weight else None
 
     def batches(count):
         data.coming = None if imagenet else {}  # forget what was read ahead: from the first step again

@@ -199,7 +199,7 @@ CASES = [  # a command, and what its line has to say
     (f"{EVAL} {{}}/torchvision.pt", "torchvision.pt: is no vit-b-2 for cifar10"),
     (f"{EVAL} {{}}/vit.pt", "cifar: has label 9 in the test images, expected 0 to 2 as in training"),
     (f"{EVAL} {{}}/vit.pt --data-dir {{}}/three --attacks apgd-t", "there is no apgd-t on 3 classes"),
-    (f"{EVAL} {DMAT} --arch wrn-10-1 --dataset npz", "does not say its num_classes, mean and std"),
+    (f"{EVAL} {DMAT} --arch wrn-10-1 --dataset npz", "does not say its number of classes"),
     (f"{EVAL} {TENTH} --data-dir {{}}/no_test", "no_test/test.npz"),
     (f"{EVAL} {TENTH} --data-dir {{}}/pointers", f"pointers/test.npz: {LFS}"),
     (f"{EVAL} {TENTH} --eps 255", "--eps: '255'"), (f"{EVAL} {TENTH} --n 0", "--n: '0'"),

@@ -698,7 +698,7 @@ BAD_FLAGS = {  # and what argparse says of them
     "--batch-size 0": "argument --batch-size: '0': expected a whole number above 0",
     "--optimizer lion": "unrecognized arguments: --optimizer lion",  # --arch decides
     "--accumulate 0": "argument --accumulate: '0': expected a whole number above 0",
-    "--dataset npz": "--dataset npz: expected --teacher FILE, or --dra-weight 0 for no alignment",
+    "--border 256": "argument --border: '256': expected a whole number from 0 to 255",
     "--dataset mnist": "argument --dataset: invalid choice: 'mnist'",
     "--nonsense": "unrecognized arguments: --nonsense",
     "--epoch 3": "unrecognized arguments: --epoch 3",  # no abbreviations

@@ -63,14 +63,15 @@ def from_all(tensor):
 def steps(script, args, data, teacher):
     """Batches; loss and gradient of the first step WITHOUT attack steps (signs would amplify rounding); then
     three whole steps: the weights of every process after each of them, and the run."""
-    batches, run = [data.batch(step) for step in range(3)], script.build_run(args, data, teacher)
+    build = lambda: script.build_run(args, data, teacher, 1000)  # steps, so that the rate is not the last one
+    batches, run = [data.batch(step) for step in range(3)], build()
     take_step = lambda batch, decay: script.train_step(run.model, run.averaged, run.projectors, teacher,
                                                        run.optimizer, batch, decay, args)
     with mock.patch.object(script, "trades_attack", lambda model, images, start, *settings: start):
         numbers = take_step(batches[0], 0.0)
     found = {"batches": [vars(batch) for batch in batches], "gradient": flat(run, gradients=True),
              "loss": script.all_reduce(numbers["loss"].clone()) / WORLD, "weights": []}
-    run = script.build_run(args, data, teacher)
+    run = build()
     for batch in batches:
         take_step(batch, 0.5)
         found["weights"].append(from_all(flat(run)))
