@@ -440,7 +440,7 @@ def test_processes_share_the_batch_of_one(folder, synthetic):
 
 
 def test_a_batch_that_the_processes_cannot_share_equally_is_refused(folder):
-    with pytest.raises(InputError, match="--batch-size 20: expected a multiple of the 3 processes"):
+    with pytest.raises(InputError, match=r"--batch-size 20: expected a multiple of 3 process\(es\) x"):
         make_data(folder, world=3)
 
 

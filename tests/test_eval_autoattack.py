@@ -159,7 +159,7 @@ def test_the_attacks_of_each_version_are_the_librarys():
 def test_other_numbers_of_classes_go_from_train_npz_to_a_verdict(classes, remarks, tmp_path, capsys):
     """Nothing but --dataset npz tells that they are not CIFAR's: classes, mean and deviation come from the
     training images, and from the checkpoint."""
-    image, _ = train_cifar.draw_smoke_images(3 * classes, seed=0)
+    image, _ = train_cifar.draw_smoke_images(4 * classes, seed=0)
     for split in ("train", "test"):
         np.savez(tmp_path / f"{split}.npz", image=image, label=np.arange(len(image)) % classes)
     data = ["--device", "cpu", "--data-dir", str(tmp_path)]
@@ -174,7 +174,7 @@ def test_other_numbers_of_classes_go_from_train_npz_to_a_verdict(classes, remark
     main([str(best), *data, "--batch-size", "5"])
     result = json.loads((tmp_path / "run" / "best.pt.autoattack" / "result.json").read_text())
     assert result["reservations"] == remarks and result["eps"] == "8/255"
-    assert result["images"] == 3 * classes and (result["autoattack_acc"] is None) == bool(remarks)
+    assert result["images"] == 4 * classes and (result["autoattack_acc"] is None) == bool(remarks)
 
 
 def test_a_random_model_is_remarked_upon_and_judged_by_rand(images, labels, tmp_path):
