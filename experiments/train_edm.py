@@ -3,7 +3,7 @@
     python experiments/train_edm.py --smoke          # training, sampling, using both: two minutes on a CPU
 
     python experiments/train_edm.py --data-dir FOLDER --out runs/edm
-    python experiments/train_edm.py --data-dir FOLDER --model runs/edm/edm.pt --probe
+    python experiments/probe_teacher.py --data-dir FOLDER --teacher runs/edm/edm.pt
     python experiments/train_edm.py --model runs/edm/edm.pt --sample 1000000 --out 1m.npz
     python train_cifar.py --data-dir FOLDER --teacher runs/edm/edm.pt --synthetic 1m.npz --out runs/mine
 
@@ -25,7 +25,7 @@ and follow the answers while sigma falls to 0. It is a differential equation, so
     dx / dsigma = (x - D(x; sigma, label)) / sigma
 
 And to tell the image from the noise, the network has to know what images show. That is why its features are
-worth imitating.
+worth imitating. How much of the class they know, at which block and noise level, probe_teacher.py tells.
 
 A run writes edm.pt, log.csv and, every million images and at its end, a picture of samples to --out. If it is
 killed, the same command continues it. `torchrun --nproc-per-node N` in front trains or draws on N GPUs.
@@ -34,7 +34,6 @@ import argparse
 import contextlib
 import copy
 import json
-import math
 import os
 import shutil
 import sys
@@ -44,15 +43,14 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-import torch.distributed as dist
-import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.utils import save_image
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project's root, for the imports below
 import train_cifar
-from edm_encoder import InputError, SongUNet, load_edm, load_edm_encoder
+from edm_encoder import InputError, SongUNet, load_edm
 from train_cifar import (DATASETS, DEVICE, all_reduce, average_gradients, barrier, count, count_classes,
                          flag_type, fraction, generator, last_part, load_real, lock, map_npz_member, number,
                          positive, reduce_recent, start_processes, whole, write_atomically, write_log)
@@ -69,13 +67,10 @@ PICTURE_EVERY = 1e6  # images between pictures of samples (chosen)
 GRID = 8  # samples per class in the picture, for the first ten classes (chosen)
 # Flags that may differ when a run continues; all others are its recipe. --images may grow, as only the rise
 # of the learning rate depends on it.
-MAY_DIFFER = ("out", "device", "amp", "no_compile", "save_minutes", "dry_run", "images", "model", "sample",
-              "probe")
-PROBE_SIGMAS = (0.02, 0.06, 0.2, 0.5)  # around the best one, 0.06 (arXiv 2303.09769)
-ASSUMED_RATE = 150e12  # FLOP/s, for the hours of --dry-run: 15 % of an H100's peak in bfloat16
+MAY_DIFFER = ("out", "device", "amp", "no_compile", "save_minutes", "dry_run", "images", "model", "sample")
 SMOKE = {"model_channels": 16, "channel_mult": [1, 1, 2], "num_blocks": 1, "dropout": 0, "batch_size": 16,
          "images": 2400, "out": "runs/smoke-edm", "device": "cpu"}  # other defaults for --smoke
-SMOKE_SAMPLES, SMOKE_CIFAR = 256, ["--batch-size", "32", "--epochs", "2", "--eval-every", "2"]
+SMOKE_CIFAR = ["--smoke", "--batch-size", "32", "--epochs", "2", "--eval-every", "2"]
 
 share = flag_type("a number from 0 to 1", float, lambda x: 0 <= x <= 1)
 several = flag_type("a whole number of at least 8", int, lambda x: x.denominator == 1 and 8 <= x < 2**20)
@@ -83,8 +78,7 @@ several = flag_type("a whole number of at least 8", int, lambda x: x.denominator
 
 def parse_args(argv=None):
     """Command line -> Namespace. A flag that cannot be used ends the program with exit code 2 (argparse)."""
-    parser = argparse.ArgumentParser(usage="%(prog)s [flags] (--help lists them)", allow_abbrev=False,
-                                     description=__doc__.split("\n\n")[0],
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--dataset", choices=list(DATASETS), default="cifar10", help="sets the number of classes")
@@ -97,15 +91,14 @@ def parse_args(argv=None):
     add("--batch-size", type=count, default=512, help="over all processes")
     add("--lr", type=positive, default=1e-3, help="Adam's learning rate after the rise")
     add("--dropout", type=fraction, default=0.13, help="share of activations set to 0 within each block")
-    add("--label-dropout", type=share, default=0.1, help="share of images shown without a label, so that the "
-        "teacher can be asked without one (chosen); 1: a model without labels, and train.npz needs none")
+    # A teacher can be asked without a label if it has met images without one. The share is chosen. 1 gives a
+    # model without labels, and train.npz needs none.
+    add("--label-dropout", type=share, default=0.1, help="share of images shown without a label; 1: all")
     add("--save-minutes", type=number, default=5, help="minutes between checkpoints: what a kill can lose")
     add("--seed", type=whole, default=0, help="of every random draw")
-    add("--device", choices=["cuda", "cpu"], default=DEVICE, help="where to run")
-    add("--model", default="runs/edm/edm.pt", help="for --sample and --probe; NVIDIA's .pkl as well")
+    add("--device", choices=sorted({"cpu", DEVICE}), default=DEVICE, help="where to run")
+    add("--model", default="runs/edm/edm.pt", help="for --sample; NVIDIA's .pkl as well")
     add("--sample", type=count, metavar="N", help="draw N images into --out instead of training")
-    add("--probe", type=several, metavar="N", nargs="?", const=5000,
-        help="linear probe of the features, fitted to N training images (without N: 5000)")
     add("--amp", action=argparse.BooleanOptionalAction, help="bfloat16, else float32 (default: on a GPU)")
     add("--no-compile", action="store_true", help="no torch.compile (default: compiled on a GPU)")
     add("--smoke", action="store_true", help="the whole method in two minutes on a CPU")
@@ -113,12 +106,10 @@ def parse_args(argv=None):
     if "--smoke" in (sys.argv[1:] if argv is None else argv):
         parser.set_defaults(**SMOKE)  # any other flag still beats these
     args = parser.parse_args(argv)
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: there is no CUDA device here")
     if args.sample and not args.out.endswith(".npz"):
         parser.error(f"--out {args.out}: expected a name ending in .npz for the images of --sample")
-    if sum(map(bool, (args.sample, args.probe, args.smoke or args.dry_run))) > 1:
-        parser.error("--sample, --probe, --smoke or --dry-run: expected one of these")
+    if args.sample and (args.smoke or args.dry_run):
+        parser.error("--sample, --smoke or --dry-run: expected one of these")
     if args.smoke and (args.dataset != "cifar10" or int(os.environ.get("WORLD_SIZE", 1)) > 1):
         parser.error("--smoke: expected no other --dataset and no torchrun")
     args.amp = args.device == "cuda" if args.amp is None else args.amp
@@ -158,7 +149,8 @@ class Denoiser(nn.Module):
         total = sigma**2 + self.sigma_data**2  # the noisy image's variance
         class_labels = noisy.new_zeros(len(noisy), self.label_dim)
         if labels is not None and self.label_dim:
-            class_labels = F.one_hot(labels + 1, self.label_dim + 1)[:, 1:].to(noisy)  # -1 gives zeros
+            # -1 gives zeros.
+            class_labels = nn.functional.one_hot(labels + 1, self.label_dim + 1)[:, 1:].to(noisy)
         with torch.autocast(noisy.device.type, torch.bfloat16, enabled=self.amp):
             output = self.model(noisy / total.sqrt(), sigma.flatten().log() / 4, class_labels).float()
         c_out = sigma * self.sigma_data / total.sqrt()
@@ -244,8 +236,7 @@ def build_run(args, device, classes):
     try:
         model = Denoiser(**network, dropout=args.dropout)
     except ValueError as error:  # group norm cannot divide the channels, for example
-        raise InputError(f"--model-channels, --num-blocks: {error}; multiples of 32, up to 32 blocks fit") \
-            from None
+        raise InputError(f"--model-channels, --num-blocks: {error}; multiples of 32 fit") from None
     initialise(model, args.seed)
     model.to(device).amp = args.amp
     # A copy that shares no storage with the model; in evaluation mode, so without dropout.
@@ -314,25 +305,21 @@ def load_images(args):
     if args.label_dropout == 1 and not args.smoke and path.exists():
         images = np.array(map_npz_member(path, "image"))
         if images.dtype != np.uint8 or images.shape[1:] != (32, 32, 3):
-            raise InputError(f"{path}: 'image' is {images.dtype} {list(images.shape)}, "
-                             "expected uint8 [N, 32, 32, 3]")
+            raise InputError(f"{path}: image is {images.dtype} {images.shape}, expected uint8 [N, 32, 32, 3]")
         return images, np.zeros(len(images), np.int64), 0
     images, labels = load_real(args, "train")
     return images, labels, 0 if args.label_dropout == 1 else count_classes(args, labels)
 
 
 def print_plan(args, model, n_images, world):
-    """What will be trained, and what it costs. FLOPs are counted; the rate of the GPU is assumed."""
+    """What will be trained, and what it costs. FLOPs are counted; a backward pass is two forward passes."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.zeros(1, 3, 32, 32, device=next(model.parameters()).device), 1.0)
     forward = counter.get_total_flops()
-    hours = lambda flops: f"{flops:.3g} FLOP, {flops / ASSUMED_RATE / 3600:.3g} GPU hours"
     print(f"model     {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, "
           f"{forward / 1e9:.3g} GFLOP per image and forward, in {'bfloat16' if args.amp else 'float32'}")
     print(f"training  {args.images:,.0f} images in batches of {args.batch_size} on {world} process(es), "
-          f"{args.images / n_images:.4g} passes over {n_images:,}: {hours(3 * forward * args.images)}")
-    print(f"sampling  a million images, 35 forwards each: {hours(35e6 * forward)}")
-    print(f"          (hours at an assumed {ASSUMED_RATE / 1e12:g} TFLOP/s)", flush=True)
+          f"{args.images / n_images:.4g} passes over {n_images:,}: {3 * forward * args.images:.3g} FLOP")
 
 
 def save(path, recipe, run):
@@ -396,7 +383,7 @@ def train(args, run, images, labels, out, rank, world):
     """
     recipe = {name: last_part(value) for name, value in vars(args).items() if name not in MAY_DIFFER}
     recipe["number of images"] = len(labels)
-    path, total = out / "edm.pt", math.ceil(args.images / args.batch_size)
+    path, total = out / "edm.pt", int(np.ceil(args.images / args.batch_size))
     resume(path, recipe, run)
     if rank == 0:
         print(f"from step {run.step} to {total}", flush=True)
@@ -421,12 +408,12 @@ def train(args, run, images, labels, out, rank, world):
         if logging or saving:
             reduce_recent(run, ["loss"], world)
         if logging:
-            speed = (run.step - row_step) / (time.time() - row_at)  # steps per second
+            speed = args.batch_size * (run.step - row_step) / (time.time() - row_at)  # images per second
             loss, lr = torch.cat(run.recent).mean().item(), run.optimizer.param_groups[0]["lr"]
-            run.log.append({"step": run.step, "images": seen, "loss": loss, "lr": lr,
-                            "images_per_s": speed * args.batch_size})
+            run.log.append({"step": run.step, "images": seen, "loss": loss, "lr": lr, "images_per_s": speed})
             if rank == 0:
-                write_log(out / "log.csv", run.log, minutes_left=(total - run.step) / speed / 60)
+                # The last argument is the minutes left.
+                write_log(out / "log.csv", run.log, (total * args.batch_size - seen) / speed / 60)
             run.recent, row_step, row_at = [], run.step, time.time()
         if rank == 0 and (final or seen % PICTURE_EVERY < args.batch_size):
             save_picture(run.averaged, out / f"samples-{seen:09d}.png", args.seed, images.device)
@@ -437,17 +424,7 @@ def train(args, run, images, labels, out, rank, world):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# What a trained model is for: synthetic images, and features.
-
-
-def load(args, loader):
-    """loader(--model), on the device. Raises InputError where the file cannot be used or does not fit."""
-    model = loader(args.model).to(args.device)
-    classes = DATASETS[args.dataset].classes  # None: any number
-    if model.img_resolution != 32 or classes and model.label_dim not in (0, classes):
-        raise InputError(f"{args.model}: is for images of {model.img_resolution} px and {model.label_dim} "
-                         f"classes, expected 32 and {classes} ({args.dataset})")
-    return model
+# What a trained model is for, apart from its features: synthetic images.
 
 
 def draw_images(args, rank=0, world=1):
@@ -457,9 +434,12 @@ def draw_images(args, rank=0, world=1):
     are there. So a command that was killed goes on where it was, and several processes share out the batches.
     With another --seed there are a million others, for a second file.
     """
-    out, denoiser = Path(args.out), load(args, load_denoiser)
+    out, denoiser = Path(args.out), load_denoiser(args.model).to(args.device)
     if not denoiser.label_dim:
         raise InputError(f"{args.model}: is a model without labels, and synthetic images need labels")
+    if denoiser.img_resolution != 32 or DATASETS[args.dataset].classes not in (None, denoiser.label_dim):
+        raise InputError(f"{args.model}: is for images of {denoiser.img_resolution} px and "
+                         f"{denoiser.label_dim} classes, expected 32 px and the classes of {args.dataset}")
     if out.exists():
         raise InputError(f"{out}: is there already; move it away or choose another --out")
     # What the images depend on. A model's file can change under the same name, so its time is noted as well.
@@ -479,7 +459,14 @@ def draw_images(args, rank=0, world=1):
         # A part is named by the number of its first image. Only whole batches: a network's output may differ
         # in the last digits where the batch has another size, so the last one is cut in the end.
         parts = [folder / f"{start:09d}.npy" for start in range(0, args.sample, args.batch_size)]
-        draw_parts([part for part in parts[rank::world] if not part.exists()], denoiser, args, rank)
+        missing = [part for part in parts[rank::world] if not part.exists()]
+        for part in tqdm(missing, desc=f"batches of {args.batch_size} images", disable=rank > 0):
+            numbers = torch.arange(args.batch_size) + int(part.stem)
+            labels = numbers % denoiser.label_dim  # every class equally often
+            randoms = [generator(args.seed, i, "latent") for i in numbers.tolist()]
+            latents = torch.stack([torch.randn(3, 32, 32, generator=random) for random in randoms])
+            pixels = to_pixels(sample(denoiser, latents.to(args.device), labels.to(args.device)))
+            write_atomically(part, lambda file: np.save(file, pixels.permute(0, 2, 3, 1).cpu().numpy()))
         barrier()
         if rank == 0:
             images = np.concatenate([read_part(part) for part in parts])[:args.sample]
@@ -490,21 +477,6 @@ def draw_images(args, rank=0, world=1):
         shutil.rmtree(folder)
 
 
-def draw_parts(missing, denoiser, args, rank):
-    """Draw the batches that are missing, each into its file: uint8 [--batch-size, 32, 32, 3]."""
-    started = time.time()
-    for done, part in enumerate(missing, 1):
-        numbers = torch.arange(args.batch_size) + int(part.stem)
-        latents = torch.stack([torch.randn(3, 32, 32, generator=generator(args.seed, i, "latent"))
-                               for i in numbers.tolist()])
-        labels = numbers % denoiser.label_dim  # every class equally often
-        pixels = to_pixels(sample(denoiser, latents.to(args.device), labels.to(args.device)))
-        write_atomically(part, lambda file: np.save(file, pixels.permute(0, 2, 3, 1).cpu().numpy()))
-        if rank == 0:
-            minutes = (len(missing) - done) * (time.time() - started) / done / 60
-            print(f"batch {done} of {len(missing)}  {minutes:.1f} min left", flush=True)
-
-
 def read_part(path):
     """A batch of synthetic images, uint8 [--batch-size, 32, 32, 3]. Raises InputError where it is damaged."""
     try:
@@ -513,42 +485,16 @@ def read_part(path):
         raise InputError(f"{path}: damaged; delete it, and the same command draws it again") from None
 
 
-def probe(args):
-    """--probe: is the teacher good enough? How much of the class can be read off its features linearly.
-
-    A teacher whose features do not know the class has little to teach. Asked without labels, which would be
-    the answer. The probe is fitted to the first --probe training images and judged on the test images.
-    `analyze_representations.py probe --teacher edm.pt` looks at other blocks as well.
-    """
-    from analyze_representations import accuracy, linear_probe, pooled_activations  # only here: matplotlib
-    encoder, data = load(args, load_edm_encoder), []
-    for split, n_images in (("train", args.probe), ("test", None)):
-        images, labels = [torch.from_numpy(array[:n_images]) for array in load_real(args, split)]
-        data.append((images.permute(0, 3, 1, 2).float() / 255, labels))  # [N, 3, 32, 32] in [0, 1]
-    print(f"{args.model}: linear probe of {encoder.layer}, {encoder.width} wide, without labels;",
-          f"{len(data[0][1]):,} training and {len(data[1][1]):,} test images")
-    for sigma in PROBE_SIGMAS:
-        # A probe for each level, as the same layer may say the same thing differently at another one.
-        fitted, judged = [pooled_activations(encoder, [encoder.layer], images, sigma, args)[encoder.layer]
-                          for images, _ in data]
-        head = linear_probe(fitted, data[0][1].to(args.device), count_classes(args, data[0][1].numpy()))
-        print(f"  sigma {sigma:<5g} {accuracy(head, judged, data[1][1]):6.2f} %", flush=True)
-
-
 def smoke(args):
-    """--smoke, once the model is trained: train_cifar.py's smoke run without it, with it as the teacher, and
-    with its images as well. It shows that the parts fit together. The accuracies compare nothing: the model
-    has hardly learned yet, so most of its images show no class, and two epochs of them teach little."""
-    out = Path(args.out)
-    model, synthetic = str(out / "edm.pt"), out / "synthetic.npz"
+    """--smoke, once the model is trained: images drawn from it, and train_cifar.py's smoke run with the model
+    as the teacher and these images. It shows that the parts fit together, and no more: the model has hardly
+    learned yet, so most of its images show no class."""
+    model, synthetic = str(Path(args.out, "edm.pt")), Path(args.out, "synthetic.npz")
     if not synthetic.exists():
-        wanted = {"model": model, "out": synthetic, "sample": SMOKE_SAMPLES}
-        draw_images(argparse.Namespace(**vars(args) | wanted))
-    for folder, flags in (("at", ["--dra-weight", "0"]), ("at-dra", ["--teacher", model]),
-                          ("at-dra-synthetic", ["--teacher", model, "--synthetic", str(synthetic)])):
-        flags = ["--smoke", "--seed", str(args.seed), "--out", str(out / folder), *SMOKE_CIFAR, *flags]
-        print("\ntrain_cifar.py", *flags)
-        train_cifar.main(flags)
+        draw_images(argparse.Namespace(**vars(args) | {"model": model, "out": synthetic, "sample": 256}))
+    flags = [*SMOKE_CIFAR, "--teacher", model, "--synthetic", str(synthetic), "--seed", str(args.seed)]
+    print("\ntrain_cifar.py", *flags)
+    train_cifar.main([*flags, "--out", str(Path(args.out, "classifier"))])
 
 
 def start_training(args, device, rank, world, local):
@@ -576,16 +522,14 @@ def main(argv=None):
     """The command line."""
     args = parse_args(argv)
     device, rank, world, local = start_processes(args)
-    if args.probe:
-        probe(args)
-    elif args.sample:
+    if args.sample:
         draw_images(args, rank, world)
     else:
         start_training(args, device, rank, world, local)
         if args.smoke and not args.dry_run:
             smoke(args)
     if world > 1:
-        dist.destroy_process_group()
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -111,7 +111,6 @@ IMAGENET = ("train_imagenet.py --smoke --arch test_vit --image-size 32 --workers
             "--max-steps 1 --data {}/images")
 EVAL = "eval_autoattack.py --device cpu --data-dir {}/cifar"
 TENTH = f"{DMAT} --arch wrn-10-1 --dataset cifar10"  # a WRN-10-1 of DM-AT
-ANALYZE = "--device cpu --data-dir {}/cifar --dataset cifar10 --arch wrn-10-1"
 PAGE = "is a web page (HTML), not the file itself"
 LFS = "is a Git LFS pointer, not the file itself: run git lfs pull"
 CASES = [  # a command, and what its line has to say
@@ -204,20 +203,6 @@ CASES = [  # a command, and what its line has to say
     (f"{EVAL} {TENTH} --data-dir {{}}/pointers", f"pointers/test.npz: {LFS}"),
     (f"{EVAL} {TENTH} --eps 255", "--eps: '255'"), (f"{EVAL} {TENTH} --n 0", "--n: '0'"),
     (f"{EVAL} {TENTH} --attacks square fgsm", "--attacks: invalid choice: 'fgsm'"),
-    # experiments/analyze_representations.py
-    *[(f"experiments/analyze_representations.py {arguments}", named) for arguments, named in (
-        ("", "command"), ("nonsense", "nonsense"), (f"cknna {DMAT} {ANALYZE}", "--teacher"),
-        (f"dims {DMAT} {ANALYZE} --eps 255", "--eps"), (f"dims {DMAT} {ANALYZE} --n 1", "--n 1"),
-        (f"sae {DMAT} {ANALYZE} --steps 3", "--steps"), (f"dims {ANALYZE}", "checkpoints"),
-        (f"cknna {DMAT} {ANALYZE} --teacher {{}}/page.pkl", f"page.pkl: {PAGE}"),
-        (f"cknna {DMAT} {ANALYZE} --teacher {{}}/pointer.pkl", f"pointer.pkl: {LFS}"),
-        (f"cknna {DMAT} {ANALYZE} --teacher {{}}/cut.pkl", "cut.pkl: damaged"),
-        ("probe --data-dir {}/cifar --teacher {}/16px.pkl", "16px.pkl: made for 16 px images, expected 32"),
-        (f"probe --data-dir {{}}/cifar --teacher {EDM} --layers enc.9x9", "enc.9x9"),
-        (f"dims {DMAT}", "does not say its"), ("dims {}/cut.pt", "cut.pt: damaged"),
-        ("dims {}/none.pt", "none.pt"), ("dims {}/pointer.pt", f"pointer.pt: {LFS}"),
-        (f"dims {DMAT} {ANALYZE} --data-dir {{}}/no_test", "no_test/test.npz"),
-        ("curves {}/none", "none"))],
     # the teachers' own command lines
     ("edm_encoder.py {}/none.pkl", "none.pkl"), ("edm_encoder.py {}/page.pkl", f"page.pkl: {PAGE}"),
     ("edm_encoder.py {}/pointer.pkl", f"pointer.pkl: {LFS}"),
@@ -266,7 +251,7 @@ def test_every_case_is_named_in_one_line_with_exit_code_2(script, tmp_path, monk
         lines = errors.splitlines()
         assert code == 2 and lines and named in lines[-1], (command, code, errors)
         if lines[0].startswith("usage: "):  # two lines; only subcommands have a longer usage
-            assert len(lines) == 2 or script.startswith("experiments/"), (command, errors)
+            assert len(lines) == 2, (command, errors)
             assert lines[-1].startswith(Path(script).name) and ": error: " in lines[-1], (command, errors)
         else:
             assert len(lines) == 1 and errors.startswith("error: "), (command, errors)
@@ -274,7 +259,7 @@ def test_every_case_is_named_in_one_line_with_exit_code_2(script, tmp_path, monk
 
 
 def test_the_cases_are_many():
-    assert len(CASES) > 100 and len(SCRIPTS) == 6
+    assert len(CASES) > 95 and len(SCRIPTS) == 5
 
 
 # ---------------------------------------------------------------------------------------------- hostile files

@@ -386,13 +386,6 @@ def test_synthetic_images_are_balanced_and_functions_of_seed_and_number(finished
     assert not np.array_equal(np.load(tmp_path / "other.npz")["image"], images[:4]), "another seed, other images"
 
 
-def test_probe_says_how_much_the_features_know(finished, folder, capsys):
-    main(["--probe", "40", "--model", str(finished / "edm.pt"), "--data-dir", str(folder), "--device", "cpu"])
-    lines = capsys.readouterr().out.splitlines()
-    assert "dec.8x8_in1, 8 wide, without labels; 40 training and 20 test images" in lines[0]
-    assert [line.split()[1] for line in lines[1:]] == ["0.02", "0.06", "0.2", "0.5"] and all(line.endswith("%") for line in lines[1:])
-
-
 def test_the_plan_counts_edms_own_training(folder, tmp_path, capsys):
     main(["--dry-run", "--data-dir", str(folder), "--batch-size", "32", "--device", "cpu", "--out", str(tmp_path / "never")])
     plan = capsys.readouterr().out
@@ -417,7 +410,7 @@ def test_bad_flags_and_files_are_named_and_write_nothing(finished, folder, tmp_p
             ([*out, "--label-dropout", "-0.1"], "--label-dropout"), ([*out, "--dropout", "1"], "--dropout"), ([*out, "--save-minutes", "-1"], "--save-minutes"),
             ([*out, "--channel-mult", "0", "1", "1"], "--channel-mult"), ([*out, "--model-channels", "4"], "--model-channels: '4'"),
             ([*out, "--model-channels", "130", "--batch-size", "8"], "--model-channels"), ([*out, "--batch-size", "65"], "--batch-size 65"),
-            ([*out, "--sample", "8"], ".npz"), ([*out, "--sample", "0"], "--sample: '0'"), ([*out, "--probe", "1"], "--probe: '1'"),
+            ([*out, "--sample", "8"], ".npz"), ([*out, "--sample", "0"], "--sample: '0'"),
             ([*out, "--channel-mult", "1", "1"], "--channel-mult"), ([*out, *FLAGS, "--num-blocks", "33"], "--num-blocks"),
             ([*draw, str(TINY), "--dry-run"], "--dry-run"), ([*out, "--smoke", "--dataset", "cifar100"], "--smoke"), ([*out, "--nonsense", "1"], "--nonsense"),
             ([*out, *FLAGS, "--data-dir", str(tmp_path / "seven")], "seven: no training image has label 9, expected 0 to 9"), ([*out, "--data-dir", str(tmp_path / "x")], "x"),
