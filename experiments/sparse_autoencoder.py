@@ -204,7 +204,7 @@ def show(path, rows):
                 points.append((int(k), np.mean(table[0]), np.std(table[0], ddof=len(table[0]) > 1)))
             axis.errorbar(*zip(*sorted(points)), fmt=f"C{i}{style}", capsize=4, label=f"{names[0]}, {key}")
             if len(table[0]) > 1:
-                print(f"{key}, {names[0]} of {len(table[0])}: k, mean, deviation", *np.round(points, 5).tolist())
+                print(f"{key}, {names[0]} of {len(table[0])}: k, mean, s.d.", *np.round(points, 5).tolist())
         marked = [(int(row["k"]), float(row["loss"])) for row in group if row["remark"]]
         axis.plot(*zip(*marked, (np.nan, np.nan)), "ks", markersize=12, fillstyle="none")  # there may be none
     axis.set(ylim=(0, None), xlabel="latents or components, k", ylabel="loss (squares: over 10 % are dead)")

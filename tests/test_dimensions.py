@@ -97,8 +97,7 @@ def inputs(tmp_path_factory):
 
 
 def read(folder):
-    with open(folder / "dimensions.csv", newline="") as file:
-        return list(csv.DictReader(file))
+    return list(csv.DictReader((folder / "dimensions.csv").read_text().splitlines()))
 
 
 def test_a_row_is_what_the_functions_give_for_drawn_images(inputs, tmp_path):
@@ -200,8 +199,7 @@ def test_npz_images_may_have_any_number_of_classes_and_what_cannot_be_used_is_na
         main([*flags, "--out", str(tmp_path / "b")])
     with pytest.raises(OSError, match="nowhere.pt"):
         main([*flags, str(tmp_path / "nowhere.pt"), "--out", str(tmp_path / "b")])
-    for more, code in ((["--n", "0"], 2), (["--group", "at.pt"], 2), (["--eps", "2"], 2), (["--nonsense"], 2), (["--help"], 0)):
-        with pytest.raises(SystemExit, match=str(code)):
+    for more in (["--n", "0"], ["--group", "at.pt"], ["--eps", "2"], ["--nonsense"]):
+        with pytest.raises(SystemExit, match="2"):
             parse_args([at, *more])
-        captured = capsys.readouterr()
-        assert more[0] in (captured.err.splitlines()[-1] if code else captured.out)
+        assert more[0] in capsys.readouterr().err.splitlines()[-1]
