@@ -144,9 +144,9 @@ def extract(network, args, info):
     for i, index in enumerate(tqdm(drawn.split(100), desc=f"PGD-{args.steps}", unit="batch")):
         x, y = images[index].to(args.device), labels[index].to(args.device)
         noise = torch.rand(x.shape, generator=generator(args.seed, i, "attack")).to(args.device)
-        # The softmax is in float64: in float32 the gradient is 0 where a network is very sure, and an attack
-        # that stands still looks like stable features. The loss is a sum over images: so the gradient is,
-        # image by image, that of each one's own loss.
+        # The softmax is in float64: in float32 the probability of a class rounds to 1 in a sure network,
+        # and its logit would get no gradient. The loss is a sum over images: so the gradient is, image by
+        # image, that of each one's own loss.
         loss = lambda adv: F.cross_entropy(network.head(network.features(adv)).double(), y, reduction="sum")
         adv = pgd(loss, x, (x + args.eps * (2 * noise - 1)).clamp(0, 1), args.eps, args.eps / 4, args.steps)
         features = network.features(x), network.features(adv)

@@ -43,7 +43,8 @@ PGD is weaker than AutoAttack: good for comparing these curves, too weak to quot
 Accuracies are in percent and have Wilson's 95 % interval; the shared direction has a 95 % bootstrap interval
 over images, from 1,000 draws. Seeds of one method (of --group, or of --seed in several commands) are drawn
 as their mean, with one standard deviation in place of the interval. Each row of OUT/probe_teacher.csv is
-written when it is known. The same command again continues. OUT/probe_teacher.png shows all rows.
+written when it is known. The same command again continues. OUT/probe_teacher.png shows all rows. A file
+counts by its path as given: if training has gone on and written another best.pt, choose another --out.
 """
 import argparse
 import csv
@@ -66,7 +67,7 @@ from train_cifar import (DATASETS, DEVICE, count, fraction, generator, last_part
 N_TRAIN, DECAY = 5000, 1e-3  # of the probe: training images, weight of its squared weights (chosen)
 BATCH = 50  # images computed together
 KEY = ("file", "seed", "judged_on", "method", "layer", "eps_255")  # columns that tell rows from each other
-NUMBERS = ("accuracy", "accuracy_low", "accuracy_high", "shared", "shared_low", "shared_high")
+NAMES = ("accuracy", "accuracy_low", "accuracy_high", "shared", "shared_low", "shared_high")
 
 
 def parse_args(argv=None):
@@ -154,13 +155,13 @@ def shared_direction(features):
 # The table and its figure.
 
 
-def add_row(path, rows, key, settings, right, shared=("", "", "")):
+def add_row(path, rows, key, settings, right, shared=()):
     """Append a row to the CSV, and add it to the dict `rows`: the accuracy that `right`, bool [N], gives with
     Wilson's interval, and the shared direction with its own."""
     n, p, z = len(right), right.double().mean().item(), 1.96
     half = z * (p * (1 - p) / n + (z / n / 2) ** 2) ** 0.5
-    ends = [100 * (p + z**2 / n / 2 + side) / (1 + z**2 / n) for side in (-half, half)]
-    rows[key] = row = dict(zip(KEY, key)) | settings | dict(zip(NUMBERS, (100 * p, *ends, *shared)))
+    found = [100 * p, *(100 * (p + z**2 / n / 2 + side) / (1 + z**2 / n) for side in (-half, half)), *shared]
+    rows[key] = row = dict(zip(KEY, key)) | settings | dict(zip(NAMES, [f"{x:g}" for x in found] + 3 * [""]))
     with open(path, "a", newline="") as file:
         csv.writer(file).writerows([row.values()] if file.tell() else [row, row.values()])
 

@@ -10,8 +10,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-ROOT, FIXTURES = Path(__file__).parent.parent, Path(__file__).parent / "fixtures"
-sys.path.insert(0, str(ROOT / "experiments"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "experiments"))
 import dimensions as script
 import train_cifar
 from dimensions import choose_images, dimensions, extract, main, parse_args, right_by_rank, summarise
@@ -31,9 +30,8 @@ def linear(weight, bias):
 def test_features_of_rank_3_have_dimension_3(keep_mean):
     basis = torch.linalg.qr(normal(20, 20))[0][:3]  # three directions of twenty
     features = (normal(500, 3, seed=1) * torch.tensor([2.0, 1.7, 1.4]) + 0.3) @ basis
-    head = torch.nn.Linear(20, 10).requires_grad_(False)
-    labels = head(features).argmax(dim=1)
-    right = right_by_rank(head, torch.stack([features, features]), labels, keep_mean)
+    head = linear(normal(10, 20, seed=2).tolist(), [0] * 10)
+    right = right_by_rank(head, torch.stack([features, features]), head(features).argmax(dim=1), keep_mean)
     assert right.shape == (2, 500, 21) and right[:, :, 3:].all() and right[:, :, 2].mean() < 0.95
     assert dimensions(right.sum(axis=1)).tolist() == [3, 3, 3]
 
@@ -83,17 +81,15 @@ def inputs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("inputs")
     images, labels = train_cifar.draw_smoke_images(90, 0)
     np.savez(folder / "test.npz", image=images, label=labels % 3)
-    content = torch.load(FIXTURES / "dmat_wrn_10_1_cifar10.pt", weights_only=True)
-    state = content["model_state_dict"]
+    fixture = Path(__file__).parent / "fixtures" / "dmat_wrn_10_1_cifar10.pt"
+    state, about = torch.load(fixture, weights_only=True)["model_state_dict"], {"arch": "wrn-10-1", "dataset": "cifar10", "step": 7}
     for name, change in (("at", 0), ("dra", 0.05)):
-        (folder / name).mkdir()
         changed = {key: value + change * value.abs() if value.is_floating_point() else value for key, value in state.items()}
-        torch.save({"model_state_dict": changed, "arch": "wrn-10-1", "dataset": "cifar10", "step": 7}, folder / name / "best.pt")
-    state = train_cifar.build_model("wrn-10-1", 3, "npz").state_dict()
-    about = {"arch": "wrn-10-1", "dataset": "npz", "num_classes": 3, "mean": [0.5] * 3, "std": [0.25] * 3}
-    torch.save(about | {"model_state_dict": state}, folder / "three.pt")
+        torch.save(about | {"model_state_dict": changed}, folder / f"{name}.pt")
+    about |= {"dataset": "npz", "num_classes": 3, "mean": [0.5] * 3, "std": [0.25] * 3}
+    torch.save(about | {"model_state_dict": train_cifar.build_model("wrn-10-1", 3, "npz").state_dict()}, folder / "three.pt")
     flags = ["--data-dir", str(folder), "--n", "70", "--steps", "1", "--device", "cpu"]
-    return flags, str(folder / "at" / "best.pt"), str(folder / "dra" / "best.pt"), str(folder / "three.pt")
+    return flags, *[str(folder / f"{name}.pt") for name in ("at", "dra", "three")]
 
 
 def read(folder):
@@ -157,8 +153,7 @@ def test_a_stopped_run_continues_a_finished_one_only_draws_and_a_file_trained_fu
     monkeypatch.setattr(script, "choose_images", lambda *_: pytest.fail("all rows are there"))
     (tmp_path / "cut" / "dimensions.png").unlink()
     main(cut)
-    with Image.open(tmp_path / "cut" / "dimensions.png") as image:
-        assert image.width > 1000
+    assert Image.open(tmp_path / "cut" / "dimensions.png").width > 1000
     monkeypatch.undo()
     later, content = str(tmp_path / "best.pt"), torch.load(dra, weights_only=True)
     for step in (7, 9):

@@ -121,7 +121,7 @@ def test_accuracies_have_wilsons_interval_and_seeds_their_standard_deviation(tmp
     for i, (right, expected) in enumerate([(0, [0, 0, 27.75]), (5, [50, 23.66, 76.34]), (10, [100, 72.25, 100])]):
         add_row(tmp_path / "probe_teacher.csv", {}, ("a", str(i), "test", "m", "", "0"), {"n": "10"}, torch.arange(10) < right)
         row = read(tmp_path)[i]
-        assert [float(row[name]) for name in probe_teacher.NUMBERS[:3]] == pytest.approx(expected, abs=0.01) and row["shared"] == ""
+        assert [float(row[name]) for name in probe_teacher.NAMES[:3]] == pytest.approx(expected, abs=0.01) and row["shared"] == ""
     assert summarise([[1, 0, 9]]) == [1, 0, 9] and summarise([[1, 0, 9], [3, 0, 9]]) == pytest.approx([2, 2 - 2**0.5, 2 + 2**0.5])
 
 
