@@ -25,8 +25,7 @@ What the paper found, in words and without numbers: diffusion features are more 
 training and more diverse; adversarial training gives stability and takes diversity (Fig. 4), of which DRA
 gives some back (Fig. 5). RobustBench's more robust networks are more like the diffusion model (Fig. 1). If
 that came from their better clean accuracy alone, they should also be more like a standard network, but this
-trend is weaker (Fig. 9, --reference). One that is built in another way than the rest, for example:
-Standard.pt@wrn-28-10@experiments/robustbench_models.py.
+trend is weaker (Fig. 9, --reference).
 
 Each measure is given raw, which is the paper's definition, and centred, u = (f - m) / ||f - m|| with the mean
 clean feature m: a part that all features share makes them look alike and stable, whatever the rest does.
@@ -42,11 +41,13 @@ a pair at distance 0, so both uniformity and CKNNA would be wrong. Instead the i
 varies as much as a mean over all n images does. Where a value is made of pairs, d varies more, as the
 variance of a U-statistic falls at least as 1 / n. In a half, k / 2 neighbours reach as far as k do in all.
 The interval is the value -+ the 95th percentile of |d|. It errs on the wide side: in simulations, by up to
-1.1 times for uniformity and 1.2 to 1.8 times for CKNNA. For accuracies it is the binomial one (normal
+1.1 times for uniformity and 1.2 to 1.8 times for CKNNA. For an accuracy it is that of a binomial (normal
 approximation).
 
-Each network, seed and n is a row of OUT/features.csv, and OUT/features.png shows all rows. The same command
-again continues: what is in the CSV stays.
+Each network, seed and n is a row of OUT/features.csv; OUT/features.png shows all rows. The same command again
+continues: what is in the CSV stays. Another command may add other networks to it. A network that is built in
+another way than the rest is given as FILE@ARCH@SCRIPT, in place of --arch and --script:
+Standard.pt@wrn-28-10@experiments/robustbench_models.py.
 """
 import argparse
 import csv
