@@ -20,15 +20,17 @@ the projection.
 
 As in the code that Feng et al. released, the components are those of the images that are classified, and the
 raw feature is projected. The mean feature, which is large behind a ReLU, thus loses what lies outside of the
-k directions. --keep-mean projects f - mean f and adds the mean again. That gives other numbers, MEASURED
+k directions. --keep-mean projects f - mean f and adds the mean again. That gives other numbers: 8, 12 and 11
+instead of 7, 13 and 4 for a small WRN-10-2 (two epochs of AT on 10,000 images, 1,000 test images, our run).
 
 Where the curves are flat, few images decide the dimensions. So each has a 95 % interval: 1,000 bootstrap
 draws of images, the components staying as they are. Beside the robust dimension stand, as "s.e.", the least
 and the largest k whose robust_k is at most one standard error below the best one, that is sqrt(p (1 - p) / n)
-with p = max robust_k. Accuracies have the normal approximation of the binomial interval.
+with p = max robust_k. The bands around accuracies are the normal approximation of the binomial interval.
 
 chosen (the paper does not say): which test images, --n of them drawn with --seed; the attack, 20 steps of PGD
-of size eps / 4 on the cross-entropy from a random start, which is weaker than AutoAttack.
+of size eps / 4 on the cross-entropy from a random start, which is weaker than AutoAttack; k = 0, where all
+features become 0 (or the mean), counts as a dimension.
 
 Each checkpoint is a row of OUT/dimensions.csv, written when it is known, and OUT/dimensions.png shows all
 rows. The same command again continues. clean_right and attacked_right are n clean_k and n robust_k for all k.
