@@ -6,7 +6,8 @@ Fig. 3b and appendix C of arXiv 2602.19931.
 
 The teacher's feature g(x, n) is that of train_cifar.py: sigma times the noise n is added to image x, and the
 output of one block of the diffusion model's UNet is averaged over its positions. No label is given: it would
-be the answer. The network stays as it is, and all that is learned is a linear probe of the features:
+be the answer. (A class-conditional model may not know that case; Fig. 3b is of an unconditional one.) The
+network stays as it is, and all that is learned is a linear probe of the features:
 
     logits = W z + b,  z = (g - mean) / deviation, dimension by dimension
     W, b   = argmin  mean of CE(W z + b, y) + decay / 2 |W|^2         multinomial logistic regression
@@ -20,10 +21,11 @@ sigma is best (section 3, after Xiang et al. 2023, arXiv 2303.09769). For each b
 Where the shared direction is near 1, all images have nearly the same feature. Then a constant almost solves
 the cosine loss of eq. (3), and raw features have little to teach.
 
-The probe with the best accuracy is then attacked on test images, by PGD (eq. 2) on the cross-entropy, through
-probe and network. A network that adds noise is random, and looks more robust than it is: an attack follows
-the gradient for one noise and is judged with another (Athalye et al. 2018, arXiv 1802.00420). So there are
-three attacks, which differ in the noise of their gradients alone. All are judged with the same noise n_i:
+The probe with the best accuracy in the table is then attacked on test images, by PGD (eq. 2) on the
+cross-entropy, through probe and network. A network that adds noise is random, and looks more robust than it
+is: an attack follows the gradient for one noise and is judged with another (Athalye et al. 2018, arXiv
+1802.00420). So there are three attacks, which differ in the noise of their gradients alone. All are judged
+with the same noise n_i:
 
     fixed         that of CE at n_i: the attack knows the noise, and the network is a plain function
     fresh, plain  that of CE at one new noise in each step
@@ -61,8 +63,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project's root, for the imports below
 from edm_encoder import load_edm_encoder
 from eval_autoattack import InputError, load_classifier, load_images
-from train_cifar import (DATASETS, DEVICE, count, fraction, generator, last_part, lock, pgd, positive, whole,
-                         write_atomically)
+from train_cifar import DATASETS, DEVICE, count, fraction, generator, last_part, lock, pgd, positive, whole
 
 N_TRAIN, DECAY = 5000, 1e-3  # of the probe: training images, weight of its squared weights (chosen)
 BATCH = 50  # images computed together
@@ -188,10 +189,11 @@ def draw_figure(path, rows):
             table = np.array([summarise(seeds) for seeds in line.values()])  # [places, 3]
             axis.errorbar(list(line), table[:, 0], abs(table[:, 1:] - table[:, :1]).T, fmt="o-", label=method)
             print(f"{y} ({images} images), {method}:", dict(zip(line, table.round(3).tolist())))
-        axis.set(title=f"{images} images", ylabel=y, xlabel="eps [1/255]" if images == "test" else "block")
-        axis.tick_params("x", rotation=90)
-        axis.legend()
-    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=100))
+        axis.set(title=f"{images} images", xlabel="block" if images == "held-out" else "eps [1/255]",
+                 ylabel="accuracy [%]" if y == "accuracy" else "shared direction (cosine)", ymargin=0.2)
+        axis.tick_params("x", rotation=90 * (images == "held-out"))
+        axis.legend(fontsize=8)
+    figure.savefig(path, dpi=100)
 
 
 def main(argv=None):
@@ -217,7 +219,7 @@ def main(argv=None):
     layers = [f"{p}.{n}" for p in ("enc", "dec") for n in getattr(unet, p) if n.startswith(("8x8", "16x16"))]
     path, seed = Path(args.out, "probe_teacher.csv"), str(args.seed)
     settings = {key: last_part(vars(args)[key]) for key in ("teacher", "weights", "data_dir", "n", "steps")}
-    settings |= {"dataset": info.dataset, "decay": str(DECAY), "start": "uniform", "step_size": "eps / 4"}
+    settings |= {"dataset": info.dataset, "n_fit": str(N_TRAIN), "decay": str(DECAY), "pgd": "uniform, eps/4"}
     path.parent.mkdir(parents=True, exist_ok=True)
     with lock(path.parent):
         rows = list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []

@@ -136,7 +136,7 @@ def test_the_table_has_all_blocks_at_8_and_16_pixels_and_the_best_is_attacked(wh
     attacked = [row for row in read(whole) if row["judged_on"] == "test" and row["file"] == EDM]
     assert [row["method"] for row in attacked[::2]] == [f"{best['layer']}, sigma 0.2, {x}" for x in ("fixed", "fresh, plain", "fresh, mean of 3")]
     assert len({row["accuracy"] for row in attacked if row["eps_255"] == "0"}) == 1, "the same probe, images and noise"
-    assert {(row["n"], row["steps"], row["decay"], row["step_size"]) for row in read(whole)} == {("15", "2", "0.001", "eps / 4")}
+    assert {(row["n"], row["steps"], row["decay"], row["pgd"]) for row in read(whole)} == {("15", "2", "0.001", "uniform, eps/4")}
 
 
 def test_classifiers_are_attacked_beside_it_and_a_group_has_mean_and_spread(whole, folder, flags, capsys):
