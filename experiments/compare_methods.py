@@ -4,9 +4,9 @@
         --methods at at+dra at+dra-centred dm-at dm-at+dra-centred --seeds 11 12 13 14 15 --out study \\
         -- --arch wrn-10-2 --batch-size 64 --lr 0.1 --epochs 60 --amp --teacher-unconditional
 
-trains a network for each method and seed (train_cifar.py with the flags behind `--`), judges last.pt, and adds
-a row to OUT/results.csv. The same command continues after a kill; rows that are there stay. In the end, and
-with --report alone, it writes OUT/report.csv, report.md and report.png: claim by claim what the paper says,
+trains a network for each method and seed (train_cifar.py with the flags behind `--`), judges last.pt, and
+adds a row to OUT/results.csv. The same command continues after a kill; rows that are there stay. In the end,
+and with --report alone, it writes OUT/report.csv, report.md and report.png: claim by claim what the paper says,
 what is seen here, and one of three words. With the flags of the paper's rows the same command does these.
 
 A claim says that a number y is higher (or lower) with method A than with method B. For each seed s
@@ -40,8 +40,8 @@ Seeds 0 and 1 were used up in trials. --eval-every 60 is added, which saves time
 The teacher is a small EDM (1.75M parameters) that saw 219,000 images, all of the 50,000 training images and
 none of their labels; its linear probe is right on 49 % of the test images:
 
-    python experiments/train_edm.py --data-dir FOLDER --model-channels 32 --channel-mult 1 2 2 --num-blocks 2 \\
-        --batch-size 32 --dropout 0 --amp --label-dropout 1 --images 219e3
+    python experiments/train_edm.py --data-dir FOLDER --model-channels 32 --channel-mult 1 2 2 \\
+        --num-blocks 2 --batch-size 32 --dropout 0 --amp --label-dropout 1 --images 219e3
 
 So it knows more images than the student, but no label. The paper's teacher knows the student's images and
 their labels. The 5,000 synthetic images are drawn from a network of the same size that was trained on all
@@ -178,7 +178,8 @@ def train_and_judge(method, seed, args):
              "--device", args.device, "--out", str(folder)]
     training, teacher = train_cifar.parse_args(flags), None
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "run.txt", "a") as text, contextlib.redirect_stdout(text), contextlib.redirect_stderr(text):
+    with (open(folder / "run.txt", "a") as text, contextlib.redirect_stdout(text),
+          contextlib.redirect_stderr(text)):
         if method.endswith("-centred"):
             teacher = Centred(load_teacher(training), training)
         train_cifar.main(flags, teacher=teacher)
@@ -204,11 +205,13 @@ def judge(folder, first, args):
     if first and args.autoattack:
         eval_autoattack.main([str(folder / "last.pt"), "--data-dir", args.data_dir, "--n",
                               str(args.autoattack), "--device", args.device])
-        row["autoattack"] = json.loads((folder / "last.pt.autoattack/result.json").read_text())["robust_accuracy"]
+        result = json.loads((folder / "last.pt.autoattack" / "result.json").read_text())
+        row["autoattack"] = result["robust_accuracy"]
 
     settings = argparse.Namespace(device=args.device, eps=eps, steps=STEPS, seed=0)
-    clean, attacked = found = dimensions.extract(model, images[:MEASURED], labels[:MEASURED], settings)  # [2, n, D]
-    by_rank = dimensions.right_by_rank(model.head, found, labels[:MEASURED]).sum(axis=1)  # [2, D + 1]
+    images, labels = images[:MEASURED], labels[:MEASURED]
+    clean, attacked = found = dimensions.extract(model, images, labels, settings)  # [2, n, D]
+    by_rank = dimensions.right_by_rank(model.head, found, labels).sum(axis=1)  # [2, D + 1]
     row |= dict(zip(("cls_95", "cls_99", "robust_dimension"), dimensions.dimensions(by_rank)))
     shape = features.statistics({"clean": clean.double(), "attacked": attacked.double(),
                                  "right": torch.zeros(len(clean), 2)}, k=10)
@@ -241,7 +244,8 @@ def claim_lines(rows):
     for claim, one, other, numbers in CLAIMS:
         for name, paper in numbers.items():
             y = {(row["method"], row["seed"]): float(row[name]) for row in rows}
-            d = {seed: y[one, seed] - y[other, seed] for method, seed in y if method == one and (other, seed) in y}
+            d = {seed: y[one, seed] - y[other, seed] for method, seed in y
+                 if method == one and (other, seed) in y}
             if d:
                 mean, low, high, word = interval(list(d.values()), paper)
                 lines.append({"claim": claim, "number": name, "methods": f"{one} - {other}", "paper": paper,
@@ -254,15 +258,17 @@ def write_report(out, rows):
     """report.csv, report.md and report.png in the folder `out`. The Markdown is printed, too."""
     lines = claim_lines(rows)
     text = ["| claim | number | difference | paper | here, 95 % interval | n | |", "|---|" + 6 * "---|"]
-    text += ["| {claim} | {number} | {methods} | {paper} | {mean:+.3g} ({low:+.3g} to {high:+.3g}) | {n} | {word} |"
-             .format(**line) for line in lines]
+    text += ["| {claim} | {number} | {methods} | {paper} | {mean:+.3g} ({low:+.3g} to {high:+.3g}) | {n} | "
+             "{word} |".format(**line) for line in lines]
     names = [name for name in rows[0] if name not in ["method", "seed", *SETTINGS]]
     text += ["", "Means over seeds ± standard deviation:", "", f"| method | n | {' | '.join(names)} |",
              "|---|---|" + len(names) * "---|"]
     for method in dict.fromkeys(row["method"] for row in rows):
-        group = [row for row in rows if row["method"] == method]
-        columns = [np.array([row[name] for row in group if row[name] != ""], float) for name in names]
-        cells = [f"{x.mean():.4g}" + f" ± {x.std(ddof=1):.2g}" * (len(x) > 1) if len(x) else "" for x in columns]
+        group, cells = [row for row in rows if row["method"] == method], []
+        for name in names:
+            x = np.array([row[name] for row in group if row[name] != ""], float)
+            spread = f" ± {x.std(ddof=1):.2g}" if len(x) > 1 else ""
+            cells.append(f"{x.mean():.4g}{spread}" if len(x) else "")
         text.append(f"| {method} | {len(group)} | {' | '.join(cells)} |")
     print(*text, sep="\n")
     (out / "report.md").write_text("\n".join(text) + "\n")
@@ -276,7 +282,8 @@ def draw_figure(path, lines):
     units = [UNITS.get(line["number"], "uniformity, alignment") for line in lines]
     kinds = list(dict.fromkeys(units))
     figure = Figure(figsize=(9, 1 + 0.5 * (len(lines) + len(kinds))), layout="constrained")
-    axes = figure.subplots(len(kinds), squeeze=False, height_ratios=[units.count(kind) + 0.5 for kind in kinds])
+    heights = [units.count(kind) + 0.5 for kind in kinds]
+    axes = figure.subplots(len(kinds), squeeze=False, height_ratios=heights)
     for axis, kind in zip(axes.flat, kinds):
         group = [line for line, unit in zip(lines, units) if unit == kind]
         for y, line in enumerate(group):
@@ -325,7 +332,7 @@ def add_rows(path, rows, args):
     for row in [row for row in rows if row["method"] in args.methods]:
         for name, value in settings_of(row["method"], args).items():
             if row[name] != value:
-                raise InputError(f"{path}: {row['method']} has {name} {row[name]!r}, not {value!r}; change --out")
+                raise InputError(f"{path}: {row['method']} has {name} {row[name]!r}, not {value!r}")
     keys = [key for key in keys if key not in [(row["method"], int(row["seed"])) for row in rows]]
     threads = 1 if args.jobs > 1 else torch.get_num_threads()
     with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn"), start_worker, (threads,),
@@ -334,8 +341,8 @@ def add_rows(path, rows, args):
         try:
             for run in tqdm(as_completed(runs), total=len(keys), desc="runs", unit="run"):
                 method, seed = runs[run]
-                rows.append({"method": method, "seed": str(seed)} | {k: str(v) for k, v in run.result().items()}
-                            | settings_of(method, args))
+                measured = {name: str(value) for name, value in run.result().items()}
+                rows.append({"method": method, "seed": str(seed)} | measured | settings_of(method, args))
                 write_rows(path, rows)
         finally:
             pool.shutdown(cancel_futures=True)
