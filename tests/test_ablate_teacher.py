@@ -16,9 +16,8 @@ import ablate_teacher
 import train_cifar
 from ablate_teacher import InputError, accuracy, build_model, linear_probe, main, noisy_features, noisy_step
 from edm_encoder import EDMEncoder, load_edm_encoder
-from edm_pickles import dump, edm_file, randomise
 from eval_autoattack import load_classifier
-from kill_twenty_times import leaves
+from helpers import dump, edm_file, leaves, randomise
 
 SCRIPT = ROOT / "experiments" / "ablate_teacher.py"
 # A tiny network, with attention in the bottleneck alone.

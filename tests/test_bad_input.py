@@ -20,7 +20,7 @@ import dit_encoder
 import train_cifar
 import train_imagenet
 from edm_encoder import EDMEncoder
-from edm_pickles import dump, edm_file
+from helpers import dump, edm_file
 from eval_autoattack import load_classifier
 from test_edm_encoder import hostile_pickles
 

@@ -13,7 +13,7 @@ import torch
 
 import edm_encoder
 from edm_encoder import EDMEncoder, InputError, SongUNet, UNetBlock, load_edm, load_edm_encoder
-from edm_pickles import dump, edm_file, randomise
+from helpers import dump, edm_file, randomise
 
 FIXTURES = Path(__file__).parent / "fixtures"
 TINY = FIXTURES / "edm_tiny_cond_vp.pkl"

@@ -11,7 +11,7 @@ import torch
 
 import train_cifar
 import train_imagenet
-from kill_twenty_times import compare, kill_once, log_rows, start
+from helpers import compare, kill_once, log_rows, start
 
 # 16 steps, with an epoch's end after step 13, and evaluations after steps 8 and 16.
 FLAGS = {train_cifar: ["--batch-size", "16", "--attack-steps", "1", "--eval-every", "8/13"],

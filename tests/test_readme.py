@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import train_cifar
-from test_data import write_sparse_npz
+from helpers import write_sparse_npz
 
 ROOT = Path(__file__).parent.parent
 TEACHER = ROOT / "tests" / "fixtures" / "edm_tiny_cond_vp.pkl"

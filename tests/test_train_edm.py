@@ -16,8 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "experiments"))
 import train_cifar
 import train_edm
 from edm_encoder import load_edm_encoder
-from edm_pickles import randomise
-from kill_twenty_times import leaves
+from helpers import leaves, randomise
 from train_edm import (Denoiser, InputError, build_run, denoising_loss, draw_batch, initialise, load_denoiser, main, parse_args, sample,
                        to_pixels, train_step)
 

@@ -1,4 +1,4 @@
-"""What each row of the paper's Tables 1 and 2 costs, as the Markdown table that README.md shows. Two minutes.
+"""Shows what each row of the paper's Tables 1 and 2 costs, as README.md's Markdown table. Two minutes.
 
     python tests/by_hand/cost_of_rows.py
 

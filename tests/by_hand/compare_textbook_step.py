@@ -1,6 +1,7 @@
-"""Run by hand: time our training step beside a plain textbook TRADES step, in turns.
+"""Shows our training step beside a plain textbook TRADES step, in turns. A minute on two CPU cores.
 
-    python tests/compare_textbook_step.py [--arch wrn-16-2] [--batch-size 64] [--rounds 8] [--device cpu]
+    python tests/by_hand/compare_textbook_step.py [--arch wrn-16-2] [--batch-size 64]
+        [--rounds 8] [--device cpu]
 
 The textbook step is TRADES as anyone would write it down (arXiv 1901.08573, with DM-AT's settings): no
 alignment, no weight averaging, no care for memory layout or for gradients that nobody needs, in float32, on a
@@ -16,7 +17,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 import train_cifar
 
 
