@@ -70,6 +70,14 @@ def start(script, flags):
                             env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
+def write_program(path, script, **constants):
+    """A file that does what `python SCRIPT` does, with other constants. Returns its path as text."""
+    changes = "".join(f"{script}.{name} = {value}\n" for name, value in constants.items())
+    path.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n"
+                    f"import {script}\n{changes}{script}.main()\n")
+    return str(path)
+
+
 def torchrun(script, *arguments, processes=2):
     """A script on several processes of this machine. Returns the finished launcher."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]

@@ -46,7 +46,7 @@ from helpers import (CPU, DMAT, EDM, FIXTURES, HTML, LFS, PAGE, POINTER, RANK, R
                      assert_same_gradient,
                      assert_shares, compare, contents, die_in_step, differences, dump, edm_file, from_all,
                      hostile_pickles, kill_once, load, log_rows, run, start, take_step, three_steps, torchrun,
-                     write_npz, write_sparse_npz)
+                     write_npz, write_program, write_sparse_npz)
 import train_cifar
 from edm_encoder import EDMEncoder
 from train_cifar import (SELECTION_STEPS, Data, InputError, averaging_decay, build_model, build_optimizer,
@@ -1189,10 +1189,7 @@ KILLABLE = pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGKILL an
 def program(tmp_path_factory):
     """A file that does what `python train_cifar.py` does, made smaller as here."""
     path = tmp_path_factory.mktemp("program") / "run.py"
-    path.write_text(f"import sys\nsys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n"
-                    "import train_cifar\ntrain_cifar.PROJECTOR_WIDTH, train_cifar.SELECTION_STEPS = 32, 4\n"
-                    "train_cifar.main()\n")
-    return str(path)
+    return write_program(path, "train_cifar", PROJECTOR_WIDTH=32, SELECTION_STEPS=4)
 
 
 @KILLABLE
