@@ -54,14 +54,14 @@ their labels. The 5,000 synthetic images are drawn from a network of the same si
 teacher from ablate_teacher.py noisy-classifier on the same 50,000 images with labels (--epochs 5 --batch-size
 64 --lr 0.1). That one is right on 65.0 % of the noisy test images, and the linear probe of the EDM on 50.0 %.
 
-What came out (assets/study/report.md). Aligned with raw features, a network is more uniform (claim 6) and
-nothing else is seen. Centred targets raise clean accuracy, by 2.3 and 1.7 points, and CLS-95 by 7; they do not
-raise robust accuracy, and with synthetic images they lower it by 2.1 points. Synthetic images from so weak a
-model lower clean accuracy. The noisy classifier is the best teacher here, against the paper; but it had 50,000
-labels for a student of 1,000, and in the paper it is no better than the probe. So claims 2, 3 and 7 wait for a
-better diffusion model. Of 19 intervals about one misses its number by chance, and that for centred uniformity
-hardly excludes 0. The centring has no flag in train_cifar.py, since claim 1 is half seen: pass the teacher to
-`train_cifar.main` as this script does.
+What came out (assets/study/report.md). Aligned with raw features, a network is more uniform (claim 6), and
+nothing else is seen. Centred targets raise clean accuracy, by 2.3 and 1.7 points, and CLS-95 by 7. They do
+not raise robust accuracy, and with synthetic images they lower it by 2.1 points. Synthetic images from so
+weak a model lower clean accuracy. The noisy classifier is the best teacher here, against the paper. But it
+had 50,000 labels for a student of 1,000, and in the paper it is no better than the probe. So claims 2, 3 and
+7 wait for a better diffusion model. Of 19 intervals about one misses its number by chance, and that for
+centred uniformity hardly excludes 0. Centring has no flag in train_cifar.py, since claim 1 is only half seen:
+hand the teacher to `train_cifar.main`, as this script does.
 """
 import argparse
 import contextlib
