@@ -96,25 +96,24 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(usage="%(prog)s checkpoint [flags] (--help lists them)",
                                      description=__doc__.split("\n\n")[0], allow_abbrev=False,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add = parser.add_argument
-    # What is judged.
+    add = parser.add_argument_group("what is judged").add_argument
     add("checkpoint", help="of these scripts, of DM-AT, or of RobustBench")
     add("--arch", help="as in the training script; taken from the checkpoint if it says so")
     add("--dataset", choices=list(BENCHMARKS), help="taken from the checkpoint if it says so")
     add("--script", help="whose build_model makes the network; by default the training script of its data")
     add("--weights", choices=["averaged", "raw"], default="averaged", help="which of a checkpoint's two sets")
-    # On which images.
+    add = parser.add_argument_group("on which images").add_argument
     add("--data-dir", default="data", help="CIFAR: as in train_cifar.py; ImageNet: a folder with val/ in it")
     add("--image-list", help="ImageNet: a file with one path per line, such as RobustBench's list of 5,000")
     add("--n", type=count, help="only the first N images")
-    # By which attacks.
+    add = parser.add_argument_group("by which attacks").add_argument
     radius = flag_type("a number above 0 and below 1, such as 8/255", float, lambda x: 0 < x < 1)
     add("--eps", type=radius, help="largest change of a pixel in [0, 1]; if not given, RobustBench's")
     add("--version", choices=list(ATTACKS), default="standard", help="set of attacks")
     add("--attacks", nargs="+", choices=ATTACKS["plus"], help="only these, with the settings of --version")
     add("--batch-size", type=count, default=250, help="images attacked together")
     add("--seed", type=whole, default=0, help="of the attacks")
-    # Where.
+    add = parser.add_argument_group("where").add_argument
     add("--device", choices=["cuda", "cpu"], default=DEVICE, help="where to run")
     add("--tf32", action="store_true", help="attack in TF32, judge in float32: faster on CUDA")
     add("--out", help="folder of results and finished batches; if not given, CHECKPOINT.autoattack")

@@ -142,11 +142,11 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(usage="%(prog)s [flags] (--help lists them)", allow_abbrev=False,
                                      description=__doc__.split("\n\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add = parser.add_argument
+    add = parser.add_argument_group("recipe of the architecture").add_argument
     for name, (kind, wrn, vit, meaning) in RECIPES.items():
         add("--" + name.replace("_", "-"), type=kind, help=f"{meaning} (wrn-*: {wrn}, vit-*: {vit})",
             default=argparse.SUPPRESS)
-    # Data and model.
+    add = parser.add_argument_group("data and model").add_argument
     add("--dataset", choices=list(DATASETS), default="cifar10", help="npz: any classes, from train.npz")
     add("--data-dir", default="data", help="train.npz and test.npz (see `open_npz`), else downloaded")
     add("--synthetic", nargs="+", default=[], metavar="FILE", help="DM-AT's .npz files, any number of parts")
@@ -155,12 +155,14 @@ def parse_args(argv=None):
     add("--max-steps", type=count, help="number of steps, in place of --epochs")
     add("--batch-size", type=count, default=128, help="over all processes (stated per row)")
     add("--accumulate", type=count, default=1, help="compute each batch in so many pieces, for less memory")
-    # Attack. Ten steps reach further than eps, so that PGD can cross the ball and correct itself.
+    # Ten steps reach further than eps, so that PGD can cross the ball and correct itself.
+    add = parser.add_argument_group("attack").add_argument
     add("--eps", type=fraction, default="8/255", help="largest change of a pixel in [0,1] (inherited)")
     add("--step-size", type=positive, default="2/255", help="of the attack (inherited)")
     add("--attack-steps", type=whole, default=10, help="PGD steps (stated); 0: no attack, x' = x")
-    # Diffusion representation alignment. The features of a diffusion model say most about what an image
+    # The features of a diffusion model say most about what an image
     # shows when a little noise was added: enough to hide fine texture, not enough to hide the object.
+    add = parser.add_argument_group("alignment (DRA)").add_argument
     add("--dra-weight", type=number, default=1.0, help="lambda, eq. (4) (chosen); 0: no alignment")
     add("--teacher", help="EDM's .pkl or train_edm.py's .pt, path or URL (stated: EDM, see DATASETS)")
     # In arXiv 2303.09769 a linear probe of an EDM's features is best at sigma 0.06.
@@ -168,7 +170,8 @@ def parse_args(argv=None):
     add("--teacher-layer", default="dec.8x8_in1", help="UNet block to align with (stated: the bottleneck)")
     add("--teacher-unconditional", action="store_true", help="do not tell the teacher the label")
     add("--extra-sigma", action="store_true", help="one more target, at a random sigma (stated for over 1M)")
-    # Running. Only backbone and teacher compute in bfloat16; logits, projector and losses stay in float32.
+    # Only backbone and teacher compute in bfloat16; logits, projector and losses stay in float32.
+    add = parser.add_argument_group("running").add_argument
     add("--out", default="runs/cifar", help="folder for last.pt, best.pt, log.csv; all machines share it")
     add("--seed", type=whole, default=0, help="of every random draw")
     add("--device", choices=["cuda", "cpu"], default=DEVICE, help="where to run")

@@ -107,14 +107,15 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(usage="%(prog)s [flags] (--help lists them)", allow_abbrev=False,
                                      description=__doc__.split("\n\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add = parser.add_argument
-    # Data. Robustness needs far more images than the real ones.
+    # Robustness needs far more images than the real ones.
+    add = parser.add_argument_group("data").add_argument
     add("--data", default="imagenet", help="folder with train/ in it, and there a folder per class")
     add("--synthetic", metavar="DIR", help="generated images: a folder with class folders of the same names")
     add("--synthetic-fraction", type=fraction, default=0.7, help="of a batch (chosen: DM-AT's)")
     add("--image-size", type=count, default=224, help="pixels (stated: RobustBench's standard)")
     add("--workers", type=whole, default=min(16, os.cpu_count() or 1), help="image readers for each process")
-    # Model. Lion moves every weight by the rate, however small its gradient: so the rate is far below SGD's.
+    # Lion moves every weight by the rate, however small its gradient: so the rate is far below SGD's.
+    add = parser.add_argument_group("model").add_argument
     add("--arch", default="vit_base_patch16_dinov3.lvd1689m", help="a timm model without BatchNorm (stated)")
     add("--no-pretrained", action="store_true", help="start from random weights")
     add("--epochs", type=count, default=100, help="of ceil(real images / batch size) steps (stated)")
@@ -125,20 +126,23 @@ def parse_args(argv=None):
     add("--weight-decay", type=number, default=0.5, help="not of vectors (chosen: as for ViT-B/2)")
     add("--ema-decay", type=fraction, default=0.995, help="tau of the weight averaging (chosen: DM-AT's)")
     add("--label-smoothing", type=fraction, default=0.1, help="in the cross-entropy (chosen: DM-AT's)")
-    # Attack. ImageNet's standard radius is half of CIFAR's; three steps reach a little further than that.
+    # ImageNet's standard radius is half of CIFAR's; three steps reach a little further than that.
+    add = parser.add_argument_group("attack").add_argument
     add("--beta", type=number, default=5.0, help="weight of TRADES' KL term (chosen: DM-AT's)")
     add("--eps", type=fraction, default="4/255", help="largest change of a pixel in [0,1] (stated)")
     add("--step-size", type=positive, default="2/255", help="of the attack (chosen)")
     add("--attack-steps", type=whole, default=3, help="PGD steps (stated); 0: no attack, x' = x")
-    # Alignment. Middle layers say most about what an image shows: early ones stay close to the input, late
+    # Middle layers say most about what an image shows: early ones stay close to the input, late
     # ones to the output.
+    add = parser.add_argument_group("alignment (DRA)").add_argument
     add("--dra-weight", type=number, default=1.0, help="lambda, eq. (4) (chosen); 0: no alignment")
     add("--teacher", nargs=3, metavar=("DIT", "VAE", "STATS"), help="LightningDiT-XL/1 and VA-VAE (stated)")
     add("--teacher-t", type=time_of_noise, default=0.9, help="1 is the clean image, 0 pure noise (chosen)")
     add("--teacher-layer", type=whole, default=14, help="block whose input is the target (stated)")
     add("--teacher-unconditional", action="store_true", help="do not tell the teacher the label")
     add("--cache-targets", metavar="DIR", help="compute targets only once, not in each step")
-    # Running. Only backbone and teacher compute in bfloat16; logits, projector and losses stay in float32.
+    # Only backbone and teacher compute in bfloat16; logits, projector and losses stay in float32.
+    add = parser.add_argument_group("running").add_argument
     add("--out", default="runs/imagenet", help="folder for last.pt, best.pt, log.csv; all machines share it")
     add("--seed", type=whole, default=0, help="of every random draw")
     add("--device", choices=["cuda", "cpu"], default=DEVICE, help="where to run")

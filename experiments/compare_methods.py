@@ -66,7 +66,6 @@ hand the teacher to `train_cifar.main`, as this script does.
 import argparse
 import contextlib
 import csv
-import io
 import json
 import multiprocessing
 import os
@@ -87,7 +86,7 @@ import train_cifar
 from eval_autoattack import BENCHMARKS, InputError, load_classifier, load_images
 from experiments import dimensions, features
 from train_cifar import (DEVICE, count, generator, last_part, load_real, load_teacher, lock, margin_loss, pgd,
-                         whole, write_atomically)
+                         whole)
 
 # Name: flags of train_cifar.py. A word in capitals stands for the file of that flag of this script. A name
 # that ends in -centred has a centred teacher.
@@ -152,9 +151,10 @@ def parse_args(argv=None):
     args.flags = argv[end + 1:]
     for flag in {"--seed", "--out", "--device", "--data-dir", "--teacher", "--synthetic"} & set(args.flags):
         parser.error(f"{flag} behind --: this script sets it")
+    args.files = {"TEACHER": args.teacher, "NOISY_TEACHER": args.noisy_teacher, "SYNTHETIC": args.synthetic}
     for name in () if args.report else args.methods:
         for word in METHODS[name].split():
-            if word.isupper() and not vars(args)[word.lower()]:
+            if args.files.get(word, word) is None:
                 parser.error(f"--methods {name}: expected --{word.lower().replace('_', '-')} FILE")
     return args
 
@@ -183,7 +183,7 @@ class Centred(nn.Module):
 
 def run_flags(method, args):
     """A method's own flags of train_cifar.py, with its files."""
-    return [vars(args)[word.lower()] if word.isupper() else word for word in METHODS[method].split()]
+    return [args.files.get(word, word) for word in METHODS[method].split()]
 
 
 def train_and_judge(method, seed, args):
@@ -288,7 +288,7 @@ def write_report(out, rows):
     print(*text, sep="\n")
     (out / "report.md").write_text("\n".join(text) + "\n")
     if lines:
-        write_rows(out / "report.csv", lines)
+        dimensions.write_rows(out / "report.csv", lines)
         draw_figure(out / "report.png", lines)
 
 
@@ -326,13 +326,6 @@ def settings_of(method, args):
     return dict(zip(SETTINGS, [*flags, str(args.n), str(args.autoattack)]))
 
 
-def write_rows(path, rows):
-    """Write a CSV anew, under another name first: a kill leaves the old file or the new one."""
-    text = io.StringIO()
-    csv.writer(text).writerows([rows[0], *(row.values() for row in rows)])
-    write_atomically(path, lambda file: file.write(text.getvalue().encode()))
-
-
 def start_worker(threads):
     """In each new process: its threads, and its end if the study's own process is killed."""
     torch.set_num_threads(threads)
@@ -358,7 +351,7 @@ def add_rows(path, rows, args):
                 method, seed = runs[run]
                 measured = {name: str(value) for name, value in run.result().items()}
                 rows.append({"method": method, "seed": str(seed)} | measured | settings_of(method, args))
-                write_rows(path, rows)
+                dimensions.write_rows(path, rows)
         finally:
             pool.shutdown(cancel_futures=True)
 

@@ -68,21 +68,23 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(usage="%(prog)s [flags] (--help lists them)", allow_abbrev=False,
                                      description=__doc__.split("\n\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add = parser.add_argument
+    add = parser.add_argument_group("images").add_argument
     add("--generator", nargs=3, metavar=("DIT", "VAE", "STATS"), help="the teacher's files, see README.md")
     add("--out", default="lightningdit-4m", help="folder for a folder of images per class")
     add("--classes-from", metavar="DIR", help="name classes as the folders there (else by number)")
     add("--per-class", type=count, default=4000, help="images of each class (stated: 4 million in all)")
     add("--format", choices=["jpg", "png"], default="jpg", help="png: without loss, four times the space")
-    # Sampling. Upstream's settings aim at the best pictures, whatever they cost. Fewer steps are the first
+    # Upstream's settings aim at the best pictures, whatever they cost. Fewer steps are the first
     # thing to try for less. Look at a --preview before drawing millions.
+    add = parser.add_argument_group("sampling").add_argument
     add("--steps", type=count, default=249, help="of Euler (upstream); fewer: see README.md")
     add("--heun", action="store_true", help="Heun's steps: closer to the true path, two evaluations each")
     add("--guidance", type=number, default=6.7, help="w (upstream); 1: none, at half the cost")
     add("--guidance-from", type=number, default=0.125, help="no guidance at times before (upstream)")
     add("--all-channels", action="store_true", help="guide all latent channels (upstream: the first three)")
     add("--shift", type=positive, default=0.3, help="s of the time grid (upstream)")
-    # Running. The first two have to be what the network was trained with, and are checked.
+    # The first two have to be what the network was trained with, and are checked.
+    add = parser.add_argument_group("running").add_argument
     add("--num-heads", type=count, default=16, help="attention heads of the network (upstream)")
     add("--image-size", type=count, default=256, help="pixels that the network was trained for (upstream)")
     add("--batch-size", type=count, default=64, help="images drawn together")

@@ -80,10 +80,11 @@ def parse_args(argv=None):
     """Command line -> Namespace. A flag that cannot be used ends the program with exit code 2 (argparse)."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add = parser.add_argument
+    add = parser.add_argument_group("data").add_argument
     add("--dataset", choices=list(DATASETS), default="cifar10", help="sets the number of classes")
     add("--data-dir", default="data", help="train.npz and test.npz as in train_cifar.py, else downloaded")
     add("--out", default="runs/edm", help="folder of the run; with --sample an .npz file")
+    add = parser.add_argument_group("network and training").add_argument
     add("--model-channels", type=several, default=128, help="width of the network at 32 x 32")
     add("--channel-mult", type=count, nargs=3, default=[2, 2, 2], help="times that, at 32, 16 and 8 pixels")
     add("--num-blocks", type=count, default=4, help="residual blocks per resolution")
@@ -94,11 +95,13 @@ def parse_args(argv=None):
     # A teacher can be asked without a label if it has met images without one. The share is chosen. 1 gives a
     # model without labels, and train.npz needs none.
     add("--label-dropout", type=share, default=0.1, help="share of images shown without a label; 1: all")
+    add = parser.add_argument_group("drawing images").add_argument
+    add("--model", default="runs/edm/edm.pt", help="for --sample; NVIDIA's .pkl as well")
+    add("--sample", type=count, metavar="N", help="draw N images into --out instead of training")
+    add = parser.add_argument_group("running").add_argument
     add("--save-minutes", type=number, default=5, help="minutes between checkpoints: what a kill can lose")
     add("--seed", type=whole, default=0, help="of every random draw")
     add("--device", choices=sorted({"cpu", DEVICE}), default=DEVICE, help="where to run")
-    add("--model", default="runs/edm/edm.pt", help="for --sample; NVIDIA's .pkl as well")
-    add("--sample", type=count, metavar="N", help="draw N images into --out instead of training")
     add("--amp", action=argparse.BooleanOptionalAction, help="bfloat16, else float32 (default: on a GPU)")
     add("--no-compile", action="store_true", help="no torch.compile (default: compiled on a GPU)")
     add("--smoke", action="store_true", help="the whole method in two minutes on a CPU")
