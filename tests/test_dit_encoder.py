@@ -1,10 +1,8 @@
-"""dit_encoder.py: the same numbers as LightningDiT's and VA-VAE's code, one clear line for unfit files."""
+"""What dit_encoder.py promises, in the order of the tests below: latents and features are VA-VAE's and
+LightningDiT's, numbers from their own code; the networks have the released files' names and shapes, and only
+what is needed stays in memory; files that do not fit are named in one line, and none is ever run; latents
+that are not normalised, the classic silent mistake, are an error."""
 import json
-import os
-import pickle
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,10 +10,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dit_encoder import InputError, build_dit, build_vae, check_file, load_dit_encoder, main, rotate
+from helpers import (DIT, FIXTURES, HTML, LFS, PAGE, POINTER, STATS, VAE, assert_never_run, assert_one_line,
+                     load, run)
+from dit_encoder import InputError, build_dit, build_vae, check_file, load_dit_encoder, rotate
 
-ROOT, FIXTURES = Path(__file__).parent.parent, Path(__file__).parent / "fixtures"
-DIT, VAE, STATS = [FIXTURES / f"dit_tiny_{name}.pt" for name in ("dit", "vae", "latents_stats")]
 SIZES = {"layer": 2, "zero_channels": (5, 21), "num_heads": 2, "image_size": 64}
 
 
@@ -152,46 +150,42 @@ def save(path, value):
     return path
 
 
-def read(path):
-    return torch.load(path, weights_only=True)
-
-
 def test_prefixed_and_bare_weights_load_as_well(encoder, reference, tmp_path):
-    weights = {f"module.{name}": value for name, value in read(DIT)["ema"].items()}
+    weights = {f"module.{name}": value for name, value in load(DIT)["ema"].items()}
     prefixed = save(tmp_path / "a.pt", {"ema": weights})
-    bare = save(tmp_path / "b.pt", read(VAE)["state_dict"])
+    bare = save(tmp_path / "b.pt", load(VAE)["state_dict"])
     other = load_dit_encoder(prefixed, bare, STATS, **SIZES)
     assert torch.equal(other(*inputs(reference)), encoder(*inputs(reference)))
 
 
 def without(path, section, name):
-    content = read(path)
+    content = load(path)
     del content[section][name]
     return content
 
 
 def changed(path, section, **values):
-    content = read(path)
+    content = load(path)
     content[section].update(values) if section else content.update(values)
     return content
 
 
-def test_files_that_do_not_fit_give_one_clear_line(tmp_path):
-    """(which of the three files, its content, other arguments, what the message says)"""
+def unfit_files():
+    """(which of the three files, its content, other arguments, what the message says), ..."""
     def dit(name, value):
         return changed(DIT, "ema", **{name: value})
     no_block_0, no_key = "encoder.down.2.block.0.conv1.weight", "encoder.mid.attn_1.k.bias"
     only_first = {"encoder.conv_in.weight": torch.zeros(32, 3, 3, 3)}
-    qkv, bias, stats = "blocks.0.attn.qkv.weight", "blocks.0.attn.proj.bias", read(STATS)
-    four_channels = read(VAE)["state_dict"]
+    qkv, bias, stats = "blocks.0.attn.qkv.weight", "blocks.0.attn.proj.bias", load(STATS)
+    four_channels = load(VAE)["state_dict"]
     for name in ("encoder.conv_out.weight", "encoder.conv_out.bias", "quant_conv.weight", "quant_conv.bias"):
         four_channels[name] = four_channels[name][:8]
     four_channels["quant_conv.weight"] = four_channels["quant_conv.weight"][:, :8]
-    cases = [
-        ("dit", read(VAE), {}, "expected a LightningDiT checkpoint, this is a VA-VAE checkpoint"),
+    return [
+        ("dit", load(VAE), {}, "expected a LightningDiT checkpoint, this is a VA-VAE checkpoint"),
         ("dit", stats, {}, "expected a LightningDiT checkpoint, this is latent statistics"),
-        ("vae", read(DIT), {}, "expected a VA-VAE checkpoint, this is a LightningDiT checkpoint"),
-        ("stats", read(VAE), {}, "expected latent statistics, this is a VA-VAE checkpoint"),
+        ("vae", load(DIT), {}, "expected a VA-VAE checkpoint, this is a LightningDiT checkpoint"),
+        ("stats", load(VAE), {}, "expected latent statistics, this is a VA-VAE checkpoint"),
         ("dit", {"ema": {}}, {}, "something else"),
         ("dit", [1, 2], {}, "something else"),
         ("vae", {"state_dict": 3}, {}, "something else"),
@@ -213,11 +207,11 @@ def test_files_that_do_not_fit_give_one_clear_line(tmp_path):
         ("vae", changed(VAE, "state_dict", **{"encoder.down.1.attn.0.q.weight": torch.ones(32, 32, 1, 1)}),
          {}, "another architecture, it has encoder.down.1.attn.0.q.weight"),
         ("vae", {"state_dict": only_first}, {}, "lacks encoder.conv_out.weight"),
-        ("dit", read(DIT), {"layer": 3}, "has 3 blocks, expected layer 3 to be one of 0 to 2"),
-        ("dit", read(DIT), {"num_heads": 16}, "it has 2 heads, not num_heads=16"),
-        ("dit", read(DIT), {"zero_channels": (1053, 259)}, "is 32 wide, expected zero_channels (1053, 259)"),
-        ("vae", read(VAE), {"image_size": 128}, "from 64 px, not image_size=128"),
-        ("vae", read(VAE), {"image_size": 65}, "from 64 px, not image_size=65"),
+        ("dit", load(DIT), {"layer": 3}, "has 3 blocks, expected layer 3 to be one of 0 to 2"),
+        ("dit", load(DIT), {"num_heads": 16}, "it has 2 heads, not num_heads=16"),
+        ("dit", load(DIT), {"zero_channels": (1053, 259)}, "is 32 wide, expected zero_channels (1053, 259)"),
+        ("vae", load(VAE), {"image_size": 128}, "from 64 px, not image_size=128"),
+        ("vae", load(VAE), {"image_size": 65}, "from 64 px, not image_size=65"),
         ("vae", {"state_dict": four_channels}, {}, f"makes 4 latent channels, {DIT} takes 8"),
         ("stats", changed(STATS, None, mean=torch.zeros(1, 4, 1, 1)), {},
          "mean is [1, 4, 1, 1], expected [1, 8, 1, 1]"),
@@ -225,7 +219,10 @@ def test_files_that_do_not_fit_give_one_clear_line(tmp_path):
         ("stats", changed(STATS, None, mean=torch.full((1, 8, 1, 1), torch.nan)), {}, "mean is not finite"),
         ("stats", {"mean": stats["mean"]}, {}, "lacks std"),
     ]
-    for i, (which, content, sizes, message) in enumerate(cases):
+
+
+def test_files_that_do_not_fit_give_one_clear_line(tmp_path):
+    for i, (which, content, sizes, message) in enumerate(unfit_files()):
         files = {"dit": DIT, "vae": VAE, "stats": STATS} | {which: save(tmp_path / f"{i}.pt", content)}
         with pytest.raises(InputError) as caught:
             load_dit_encoder(*files.values(), **SIZES | sizes)
@@ -233,51 +230,33 @@ def test_files_that_do_not_fit_give_one_clear_line(tmp_path):
         assert line.startswith(f"{files[which]}: ") and message in line and "\n" not in line, (i, line)
 
 
-def test_what_downloads_leave_in_place_of_a_file_is_named(tmp_path, monkeypatch, capsys):
-    path = tmp_path / "file.pt"
+@pytest.mark.parametrize("position", [0, 1, 2])
+def test_what_is_no_file_of_tensors_is_named_in_each_of_the_three_places(tmp_path, position):
+    """What downloads leave in place of a file, cut ones, and hostile ones, which are never run."""
+    path, whole, files = tmp_path / "file.pt", DIT.read_bytes(), [DIT, VAE, STATS]
+    beside = save(tmp_path / "a.pt", {"ema": load(DIT)["ema"]}).read_bytes()
+    files[position] = path
     for content, message in (
-            (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "is a Git LFS pointer, not the file itself: run git lfs pull"),
-            (b"\n <!DOCTYPE html><html>", "is a web page (HTML), not the file itself: download it again"),
-            (b"<HTML>", "is a web page (HTML), not the file itself: download it again")):
+            (HTML, f"{PAGE}: download it again"), (b"<HTML>", f"{PAGE}: download it again"), (POINTER, LFS),
+            *[(cut, "damaged, or no file of tensors") for cut in (
+                b"", whole[:100], whole[:len(whole) // 2], whole[:-1], beside[:-200])]):
         path.write_bytes(content)
-        for position in range(3):
-            arguments = [str(DIT), str(VAE), str(STATS)]
-            arguments[position] = str(path)
-            with pytest.raises(InputError) as caught:
-                load_dit_encoder(*arguments, **SIZES)
-            assert str(caught.value) == f"{path}: {message}"
-        with pytest.raises(InputError, match="file.pt"):
-            check_file(path)
+        with pytest.raises(InputError) as caught:
+            load_dit_encoder(*files, **SIZES)
+        assert str(caught.value).startswith(f"{path}: {message}") and "\n" not in str(caught.value)
+
+    def read(hostile):
+        files[position] = hostile
+        load_dit_encoder(*files, **SIZES)
+    assert_never_run(read, tmp_path)
     for file in (DIT, VAE, STATS, FIXTURES / "lightningdit_xl_1_manifest.json"):
         check_file(file)
-
-
-def test_damaged_and_hostile_files_are_refused_and_never_run(tmp_path):
-    class Hostile:
-        def __reduce__(self):
-            return os.mkdir, (str(tmp_path / "was_run"),)
-    whole, path = DIT.read_bytes(), tmp_path / "file.pt"
-    beside = save(tmp_path / "a.pt", {"ema": read(DIT)["ema"], "x": Hostile()}).read_bytes()
-    alone = save(tmp_path / "b.pt", Hostile()).read_bytes()
-    files = [b"", whole[:100], whole[:5000], whole[:len(whole) // 2], whole[:-1],
-             pickle.dumps(Hostile()), pickle.dumps({"ema": Hostile()}), beside, alone]
-    for content in files:
-        path.write_bytes(content)
-        for position in range(3):
-            arguments = [DIT, VAE, STATS]
-            arguments[position] = path
-            with pytest.raises(InputError, match=r"file\.pt: damaged, or no file of tensors") as caught:
-                load_dit_encoder(*arguments, **SIZES)
-            assert "\n" not in str(caught.value) and "weights_only" not in str(caught.value)
-            assert not (tmp_path / "was_run").exists()
-    with pytest.raises(OSError, match="none.pt"):
-        load_dit_encoder(DIT, VAE, tmp_path / "none.pt", **SIZES)
 
 
 @pytest.mark.parametrize("change", [{"std": 5.0}, {"std": 0.2}, {"mean": 1.0}, {"mean": -2.0}])
 def test_latents_that_are_not_normalised_are_an_error_in_the_first_batch(reference, tmp_path, change):
     """The classic silent mistake: another autoencoder's statistics. Of mean, so many stds are added."""
-    stats = read(STATS)
+    stats = load(STATS)
     mean = stats["mean"] + change.get("mean", 0) * stats["std"]
     stats = {"mean": mean, "std": stats["std"] * change.get("std", 1)}
     encoder = load_dit_encoder(DIT, VAE, save(tmp_path / "stats.pt", stats), **SIZES)
@@ -299,16 +278,12 @@ def test_labels_that_the_network_does_not_know_are_an_error(encoder, reference):
             encoder(images, wrong, t, noise)
 
 
-def test_as_a_script_it_says_what_is_wrong():
-    command = [sys.executable, "dit_encoder.py", str(VAE), str(VAE), str(STATS)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
-    assert "expected a LightningDiT checkpoint, this is a VA-VAE" in done.stderr
-
-
-def test_as_a_script_it_shows_what_the_files_hold(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["dit_encoder.py", str(DIT), str(VAE), str(STATS), "--layer", "2"])
-    main()
-    lines = capsys.readouterr().out.splitlines()
+def test_as_a_script_it_shows_what_the_files_hold_or_what_is_wrong(tmp_path):
+    lines = run("dit_encoder.py", DIT, VAE, STATS, "--layer", 2).out.splitlines()
     assert [line.split(": ")[0] for line in lines] == [str(DIT), str(VAE), str(STATS)]
     assert "10 classes, 32 wide" in lines[0] and "64 px -> latents [8, 4, 4]" in lines[1]
+    for flags, named in (([VAE, VAE, STATS], "expected a LightningDiT checkpoint, this is a VA-VAE"),
+                         ([DIT, VAE, tmp_path / "none.pt"],
+                          "dit_tiny_dit.pt: has 3 blocks, expected layer 14"),
+                         ([DIT, VAE, tmp_path / "none.pt", "--layer", 2], "none.pt")):
+        assert_one_line("dit_encoder.py", flags, named)

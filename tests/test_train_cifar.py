@@ -1806,7 +1806,7 @@ REAL = "--device cpu --arch wrn-10-1 --dra-weight 0 --data-dir {}/cifar --batch-
 SMOKE = "--smoke --max-steps 1"
 MISTAKES = [  # a command, and what its line has to say
     (f"{SMOKE} --teacher {{}}/none.pkl", "none.pkl"),
-            (f"{SMOKE} --teacher {{}}/page.pkl", f"page.pkl: {PAGE}"),
+    (f"{SMOKE} --teacher {{}}/page.pkl", f"page.pkl: {PAGE}"),
     (f"{SMOKE} --teacher {{}}/pointer.pkl", f"pointer.pkl: {LFS}"),
     (f"{SMOKE} --teacher {{}}/cut.pkl", "cut.pkl: damaged, refused or no EDM network"),
     (f"{SMOKE} --teacher {DMAT}", "dmat_wrn_10_1_cifar10.pt: damaged, refused or no EDM network"),

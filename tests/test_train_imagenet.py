@@ -987,12 +987,12 @@ MISTAKES = [  # flags, and what their line has to say
     (f"--teacher {DIT}", "argument --teacher: expected 3 arguments"),
     ("--teacher-t 1.5", f"--teacher-t: '1.5': {T}"), ("--teacher-t 0", f"--teacher-t: '0': {T}"),
     ("--eps 8/0", "--eps: '8/0'"), ("--eps 4", "--eps: '4'"),
-            ("--lr nan", "--lr: 'nan': expected a number above 0"),
+    ("--lr nan", "--lr: 'nan': expected a number above 0"),
     ("--workers -1", f"--workers: '-1': {AT_LEAST_0}"), ("--accumulate 0", f"--accumulate: '0': {COUNT}"),
     ("--epochs 1.5", f"--epochs: '1.5': {COUNT}"),
-            ("--synthetic-fraction 1", "--synthetic-fraction: '1': expected"),
+    ("--synthetic-fraction 1", "--synthetic-fraction: '1': expected"),
     ("--save-every 1", "unrecognized arguments: --save-every 1"),
-            ("--device tpu", "--device: invalid choice: 'tpu'"),
+    ("--device tpu", "--device: invalid choice: 'tpu'"),
 ]
 if not torch.cuda.is_available():
     MISTAKES.append(("--device cuda", "--device cuda: there is no CUDA device here"))
