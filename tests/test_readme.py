@@ -18,15 +18,17 @@ sys.path.insert(0, str(ROOT / "experiments"))
 
 
 def commands():
-    """(script, its arguments) for each `python SCRIPT.py ...` in the README's code, with shell variables put in."""
+    """(script, its arguments) for each `python SCRIPT.py ...` in the README's code, with shell variables put
+    in."""
     variables = {}
     text = (ROOT / "README.md").read_text()
-    code = [line for line in text.splitlines() if line.startswith("    ") and ("python" in line or "=" in line)]
-    for line in code + re.findall("`(python [^`]*)`", text):
+    code = re.findall(r"^    ((?:python|pip|torchrun|[A-Z]=).*)", text.replace("\\\n", " "), re.MULTILINE)
+    for line in [part for line in code for part in line.split(" && ")] + re.findall("`(python [^`]*)`", text):
         words = shlex.split(line, comments=True)
         name, _, value = (words or [""])[0].partition("=")
         if name.isidentifier() and value:
-            variables[name] = [word for part in value.split() for word in variables.get(part.removeprefix("$"), [part])]
+            variables[name] = [word for part in value.split()
+                               for word in variables.get(part.removeprefix("$"), [part])]
         words = [word for part in words for word in (variables[part[1:]] if part[:1] == "$" else [part])]
         for i, word in enumerate(words):
             if word.endswith(".py") and words[i - 1] in ("python", "--", "&&"):
@@ -35,20 +37,25 @@ def commands():
 
 def test_the_readme_has_the_commands_of_all_scripts():
     scripts = {script for script, _ in commands()}
-    assert {path.relative_to(ROOT).as_posix() for path in [*ROOT.glob("*.py"), *ROOT.glob("experiments/*.py")]} <= scripts | {
-        "edm_encoder.py", "experiments/robustbench_models.py"} and all((ROOT / script).exists() for script in scripts)
+    assert {path.relative_to(ROOT).as_posix()
+            for path in [*ROOT.glob("*.py"), *ROOT.glob("experiments/*.py")]} <= scripts | {
+        "edm_encoder.py", "experiments/robustbench_models.py"} and all((ROOT / script).exists()
+                                                                       for script in scripts)
     assert sum(script == "train_cifar.py" for script, _ in commands()) >= 14
 
 
-@pytest.mark.parametrize("script, arguments", [pair for pair in commands() if "tests/" not in pair[0]], ids=lambda value: " ".join([value] if isinstance(value, str) else value)[:80])
+@pytest.mark.parametrize("script, arguments", [pair for pair in commands() if "tests/" not in pair[0]],
+                         ids=lambda value: " ".join([value] if isinstance(value, str) else value)[:80])
 def test_each_command_is_understood(script, arguments):
     module = importlib.import_module(Path(script).stem)
-    if arguments not in ([], ["--help"]) and getattr(module, "parse_args", test_each_command_is_understood).__module__ == module.__name__:
+    if arguments not in ([], ["--help"]) and getattr(module, "parse_args",
+                                                     test_each_command_is_understood).__module__ == module.__name__:
         module.parse_args(arguments)
 
 
 def test_each_row_of_the_cifar_tables_makes_a_plan(tmp_path, monkeypatch, capsys):
-    """With black images in files of the released names and lengths, a tenth of the real images, and no weights in the networks."""
+    """With black images in files of the released names and lengths, a tenth of the real images, and no
+    weights in the networks."""
     monkeypatch.chdir(tmp_path)
 
     def without_weights(arch, *rest):
@@ -61,16 +68,20 @@ def test_each_row_of_the_cifar_tables_makes_a_plan(tmp_path, monkeypatch, capsys
     for folder, classes in (("data", 10), ("data100", 100)):
         (tmp_path / folder).mkdir()
         for split in ("train", "test"):
-            np.savez(tmp_path / folder / split, image=np.zeros((5000, 32, 32, 3), np.uint8), label=np.arange(5000) % classes)
-    np.savez(tmp_path / "cifar100" / "1m.npz", image=np.zeros((1000, 32, 32, 3), np.uint8), label=np.arange(1000) % 100)
+            np.savez(tmp_path / folder / split, image=np.zeros((5000, 32, 32, 3), np.uint8),
+                     label=np.arange(5000) % classes)
+    np.savez(tmp_path / "cifar100" / "1m.npz", image=np.zeros((1000, 32, 32, 3), np.uint8),
+             label=np.arange(1000) % 100)
     for name, parts, count in (("1m", 1, 10**6), ("20m", 2, 10**7), ("50m", 4, 12_500_000)):
         for part in range(parts):
             write_sparse_npz(tmp_path / (f"{name}_part{part + 1}.npz" if parts > 1 else f"{name}.npz"), count)
     for script, arguments in commands():
         if script == "train_cifar.py" and "--out" in arguments and "--data-dir" not in arguments:
-            files = [name for word in arguments for name in (sorted(map(str, Path().glob(word))) if "*" in word else [word])]
+            files = [name for word in arguments
+                     for name in (sorted(map(str, Path().glob(word))) if "*" in word else [word])]
             if "cifar100" in arguments:
-                files += ["--data-dir", "data100", "--teacher-unconditional"]  # the tiny teacher knows ten classes
+                # the tiny teacher knows ten classes
+                files += ["--data-dir", "data100", "--teacher-unconditional"]
             train_cifar.main([*files, "--teacher", str(TEACHER), "--device", "cpu", "--dry-run"])
             plan = capsys.readouterr().out
             args = train_cifar.parse_args(arguments)
