@@ -1,37 +1,39 @@
-"""experiments/plot_runs.py: curves and accuracies are those that runs and AutoAttack left, with intervals and seeds."""
+"""experiments/plot_runs.py: curves and accuracies are those that runs and AutoAttack left, with intervals and
+seeds."""
 import csv
 import json
-import runpy
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "experiments"))
+from helpers import assert_one_line
 import eval_autoattack
 import plot_runs
 import train_cifar
 from plot_runs import InputError, against_lambda, judge, main, parse_args, read_log, wilson
 
-LOG = [{"step": 17, "epoch": 1.0, "lr": 0.1, "loss": 0.9, "trades": 1.8, "train_clean": 40.0, "train_robust": 30.0, "images_per_s": 9.0},
-       {"step": 34, "epoch": 2.0, "lr": 0.0, "loss": 0.5, "trades": 1.4, "train_clean": 50.0, "train_robust": 35.0, "images_per_s": 9.0,
+LOG = [{"step": 17, "epoch": 1.0, "lr": 0.1, "loss": 0.9, "trades": 1.8, "train_clean": 40.0,
+        "train_robust": 30.0, "images_per_s": 9.0},
+       {"step": 34, "epoch": 2.0, "lr": 0.0, "loss": 0.5, "trades": 1.4, "train_clean": 50.0,
+        "train_robust": 35.0, "images_per_s": 9.0,
         "holdout_clean": 51.0, "holdout_robust": 33.0},
-       {"step": 51, "epoch": 3.0, "lr": 0.0, "loss": 0.4, "trades": 1.2, "train_clean": 60.0, "train_robust": 45.0, "images_per_s": 9.0,
+       {"step": 51, "epoch": 3.0, "lr": 0.0, "loss": 0.4, "trades": 1.2, "train_clean": 60.0,
+        "train_robust": 45.0, "images_per_s": 9.0,
         "holdout_clean": 55.0, "holdout_robust": 31.0}]
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A folder as a smoke run leaves it after 51 steps, the average of step 34 being the best; weights are random."""
+    """A folder as a smoke run leaves it after 51 steps, the average of step 34 being the best; weights are
+    random."""
     folder = tmp_path_factory.mktemp("trained")
     args = train_cifar.parse_args(["--smoke", "--dra-weight", "0.5"])
     data = train_cifar.Data(args, torch.device("cpu"))
     run = train_cifar.build_run(args, data)
-    about = {"args": vars(args), "recipe": train_cifar.recipe(args, data), "arch": args.arch, "dataset": args.dataset, "num_classes": 10}
+    about = {"args": vars(args), "recipe": train_cifar.recipe(args, data), "arch": args.arch,
+             "dataset": args.dataset, "num_classes": 10}
     for row in LOG[1:]:
         run.step = row["step"]
         run.log = [entry | {"cosine": 0.8} for entry in LOG if entry["step"] <= run.step]
@@ -60,10 +62,12 @@ def make_run(trained, tmp_path):
 
 def evaluate(path, clean, robust, n=400, **settings):
     """What eval_autoattack.py leaves beside a checkpoint, as far as it is read."""
-    settings = {"checkpoint": path.name, "step": 34 if path.name == "best.pt" else 51, "attacks": None, "version": "standard"} | settings
+    settings = {"checkpoint": path.name, "step": 34 if path.name == "best.pt" else 51, "attacks": None,
+                "version": "standard"} | settings
     folder = path.with_name(f"{path.name}.autoattack")
     folder.mkdir(exist_ok=True)
-    result = {"clean_acc": f"{clean:.2f}", "robust_accuracy": robust, "eps": "8/255", "images": n, "settings": settings}
+    result = {"clean_acc": f"{clean:.2f}", "robust_accuracy": robust, "eps": "8/255", "images": n,
+              "settings": settings}
     (folder / "result.json").write_text(json.dumps(result))
 
 
@@ -81,8 +85,10 @@ def test_wilsons_interval_is_the_textbook_one_and_stays_within_0_and_100():
 
 def test_a_run_without_evaluation_is_judged_by_the_images_that_selected_its_best_file(trained):
     row = judge(trained, read_log(trained / "log.csv"))
-    assert (row["lambda"], row["file"], row["step"], row["holdout"]) == (0.5, "best.pt", 34, 108), "a tenth of 1,088"
-    assert (row["clean"], row["robust"]) == (51, 33) and row["evaluation"] == "wrn-10-1, cifar10: PGD-40, 108 held-out images"
+    assert (row["lambda"], row["file"], row["step"], row["holdout"]) == (0.5, "best.pt", 34, 108), (
+        "a tenth of 1,088")
+    assert (row["clean"], row["robust"]) == (51, 33)
+    assert row["evaluation"] == "wrn-10-1, cifar10: PGD-40, 108 held-out images"
     assert (row["robust_low"], row["robust_high"]) == wilson(33, 108)
 
 
@@ -99,7 +105,8 @@ def test_a_real_evaluation_is_read(trained, tmp_path):
 
 
 def test_best_comes_before_last_and_autoattack_before_held_out_images(make_run):
-    for evaluations, file, robust in (({"best": (60, 40), "last": (70, 35)}, "best.pt", 40), ({"last": (70, 35)}, "last.pt", 35),
+    for evaluations, file, robust in (({"best": (60, 40), "last": (70, 35)}, "best.pt", 40),
+                                      ({"last": (70, 35)}, "last.pt", 35),
                                       ({}, "best.pt", 33)):
         run = make_run("-".join(["run", *evaluations]), **evaluations)
         row = judge(run, read_log(run / "log.csv"))
@@ -113,11 +120,14 @@ def test_table_and_figure_show_all_runs_and_seeds_of_a_group_have_mean_and_sprea
     main([str(zero), str(one), "--group", f"DRA={','.join(map(str, seeds))}", "--out", str(tmp_path)])
     rows = table(tmp_path)
     assert [(row["method"], row["lambda"], row["robust"]) for row in rows] == [
-        (str(zero), "0", "30"), (str(one), "2", "33"), ("DRA", "1", "40"), ("DRA", "1", "41"), ("DRA", "1", "45")]
-    assert [float(rows[0][name]) for name in ("robust_low", "robust_high")] == pytest.approx(wilson(30, 400), rel=1e-5)
+        (str(zero), "0", "30"), (str(one), "2", "33"), ("DRA", "1", "40"), ("DRA", "1", "41"),
+        ("DRA", "1", "45")]
+    ends = [float(rows[0][name]) for name in ("robust_low", "robust_high")]
+    assert ends == pytest.approx(wilson(30, 400), rel=1e-5)
     printed = capsys.readouterr().out
     assert "DRA, lambda 1: robust 42.00 % +- 2.65 over 3 runs" in printed and f"{zero}, lambda 0.0" in printed
-    numbers = [{name: float(x) if name[:5] in ("clean", "robus", "lambd") else x for name, x in row.items()} for row in rows]
+    numbers = [{name: float(x) if name[:5] in ("clean", "robus", "lambd") else x for name, x in row.items()}
+               for row in rows]
     points = against_lambda(numbers, rows[0]["evaluation"], "robust")
     np.testing.assert_allclose(points[:, 1], [1, 42, 42 - 2.6458, 42 + 2.6458], atol=1e-3)
     np.testing.assert_allclose(points[:, 0], [0, 30, *wilson(30, 400)], atol=1e-3)
@@ -129,7 +139,9 @@ def test_table_and_figure_show_all_runs_and_seeds_of_a_group_have_mean_and_sprea
 
 def test_curves_are_the_logs_numbers(make_run, tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr(plot_runs, "draw_curve", lambda axis, log, column, n, **style: drawn.append((column, log, style)))
+    def noted(axis, log, column, n, **style):
+        drawn.append((column, log, style))
+    monkeypatch.setattr(plot_runs, "draw_curve", noted)
     at, dra = make_run("at"), make_run("dra")
     (at / "log.csv").write_text((at / "log.csv").read_text().replace("cosine", "ignored"))
     main([str(at), str(dra), "--out", str(tmp_path)])
@@ -140,11 +152,13 @@ def test_curves_are_the_logs_numbers(make_run, tmp_path, monkeypatch):
         assert style["color"] == ("C1" if any("cosine" in row for row in log) else "C0")
     monkeypatch.undo()
     bars = []
-    axis = type("Axis", (), {"errorbar": lambda self, x, y, bar, **style: bars.append((x.tolist(), y.tolist(), bar))})()
+    axis = type("Axis", (),
+                {"errorbar": lambda self, x, y, bar, **style: bars.append((x.tolist(), y.tolist(), bar))})()
     log = read_log(dra / "log.csv")
     for column in ("loss", "holdout_robust", "no such column"):
         plot_runs.draw_curve(axis, log, column, 108)
-    assert bars[0] == ([1, 2, 3], [0.9, 0.5, 0.4], None) and bars[1][:2] == ([2, 3], [33, 31]) and len(bars) == 2
+    assert bars[0] == ([1, 2, 3], [0.9, 0.5, 0.4], None) and bars[1][:2] == ([2, 3], [33, 31])
+    assert len(bars) == 2
     np.testing.assert_allclose(bars[1][2][:, 0], [33 - wilson(33, 108)[0], wilson(33, 108)[1] - 33])
 
 
@@ -156,17 +170,19 @@ def test_a_run_that_still_trains_is_drawn_and_again_later(make_run, tmp_path, ca
     (run / "best.pt").unlink()
     main([str(run), "--out", str(tmp_path)])
     assert "young: not evaluated yet" in capsys.readouterr().out
-    assert table(tmp_path)[0]["file"] == "last.pt" and table(tmp_path)[0]["evaluation"] == table(tmp_path)[0]["clean"] == ""
+    assert table(tmp_path)[0]["file"] == "last.pt"
+    assert table(tmp_path)[0]["evaluation"] == table(tmp_path)[0]["clean"] == ""
     (run / "best.pt").write_bytes(best)
     main([str(run), "--out", str(tmp_path)])
     assert [row["robust"] for row in table(tmp_path)] == ["33"], "written anew"
 
 
-def test_what_cannot_be_used_is_named(make_run, tmp_path, capsys, monkeypatch):
+def test_what_cannot_be_used_is_named(make_run, tmp_path, capsys):
     run, out = make_run("run"), ["--out", str(tmp_path)]
     for settings in ({"step": 17}, {"checkpoint": "last.pt"}):
         evaluate(run / "best.pt", 60, 40, **settings)
-        with pytest.raises(InputError, match="run/best.pt.autoattack: is of another best.pt; evaluate this one"):
+        with pytest.raises(InputError,
+                           match="run/best.pt.autoattack: is of another best.pt; evaluate this one"):
             main([str(run), *out])
     (run / "best.pt.autoattack" / "result.json").write_text("{")
     with pytest.raises(InputError, match="run/best.pt: of no run of ours, or its result.json is damaged"):
@@ -183,8 +199,5 @@ def test_what_cannot_be_used_is_named(make_run, tmp_path, capsys, monkeypatch):
         with pytest.raises(SystemExit, match="2"):
             parse_args(wrong.split())
         assert named in capsys.readouterr().err.splitlines()[-1]
-    monkeypatch.setattr(sys, "argv", ["plot_runs.py", str(tmp_path / "nowhere")])
-    with pytest.raises(SystemExit, match="2"):
-        runpy.run_path(plot_runs.__file__, run_name="__main__")
-    [line] = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: ") and "nowhere" in line and not (tmp_path / "plot_runs.csv").exists()
+    assert_one_line("experiments/plot_runs.py", [tmp_path / "nowhere", *out], "nowhere")
+    assert not (tmp_path / "plot_runs.csv").exists()

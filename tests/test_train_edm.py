@@ -1,29 +1,28 @@
-"""experiments/train_edm.py: EDM's numbers, a run that continues exactly, and files that train_cifar.py takes."""
+"""experiments/train_edm.py: EDM's numbers, a run that continues exactly, and files that train_cifar.py
+takes."""
 import csv
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "experiments"))
+from helpers import (EDM as TINY, FIXTURES, HTML, LFS, PAGE, POINTER, assert_one_line, contents, differences,
+                     load,
+                     randomise, start, write_npz, write_program)
 import train_cifar
 import train_edm
 from edm_encoder import load_edm_encoder
-from helpers import leaves, randomise
-from train_edm import (Denoiser, InputError, build_run, denoising_loss, draw_batch, initialise, load_denoiser, main, parse_args, sample,
-                       to_pixels, train_step)
+from train_edm import (Denoiser, InputError, build_run, denoising_loss, draw_batch, initialise, load_denoiser,
+                       main, parse_args, sample, to_pixels, train_step)
 
-ROOT, FIXTURES = Path(__file__).parent.parent, Path(__file__).parent / "fixtures"
-TINY = FIXTURES / "edm_tiny_cond_vp.pkl"
-NETWORK = {"img_resolution": 32, "label_dim": 10, "model_channels": 8, "channel_mult": [1, 1, 1], "num_blocks": 1, "attn_resolutions": [16]}
-FLAGS = ["--model-channels", "8", "--channel-mult", "1", "1", "1", "--num-blocks", "1", "--batch-size", "8", "--device", "cpu"]
+NETWORK = {"img_resolution": 32, "label_dim": 10, "model_channels": 8, "channel_mult": [1, 1, 1],
+           "num_blocks": 1, "attn_resolutions": [16]}
+FLAGS = ["--model-channels", "8", "--channel-mult", "1", "1", "1", "--num-blocks", "1", "--batch-size", "8",
+         "--device", "cpu"]
 TWELVE_STEPS = [*FLAGS, "--images", "96", "--save-minutes", "0"]  # saves in every step
 
 
@@ -77,7 +76,8 @@ def close(ours, theirs):
 # ---------------------------------------------------------------------------------------------------- numbers
 
 def test_denoised_images_loss_and_gradients_are_nvidias(reference):
-    denoiser, y, sigma, noise, label = load_denoiser(TINY), *[reference[name] for name in ("y", "sigma", "noise", "label")]
+    y, sigma, noise, label = [reference[name] for name in ("y", "sigma", "noise", "label")]
+    denoiser = load_denoiser(TINY)
     noisy = y + sigma[:, None, None, None] * noise
     assert close(denoiser(noisy, sigma, label), reference["denoised_labelled"])
     assert close(denoiser(noisy, sigma, None), reference["denoised_unlabelled"])
@@ -100,11 +100,13 @@ def test_samples_are_nvidias(reference):
 
 
 def test_the_sampler_solves_the_equation_and_twice_the_steps_leave_a_quarter_of_the_error():
-    """If images were N(0, s^2) noise, the best denoiser would be a factor, and the equation has a solution on paper."""
+    """If images were N(0, s^2) noise, the best denoiser would be a factor, and the equation has a solution on
+    paper."""
     s, z = 0.5, torch.randn(2, 3, 8, 8)
     denoiser = lambda x, sigma, labels: x * s**2 / (s**2 + sigma**2)
     exact = 80 * z * s / (s**2 + 80**2) ** 0.5
-    errors = [((sample(denoiser, z, None, steps) - exact).norm() / exact.norm()).item() for steps in (18, 36, 72)]
+    errors = [((sample(denoiser, z, None, steps) - exact).norm() / exact.norm()).item()
+              for steps in (18, 36, 72)]
     assert errors[0] < 0.08 and 3.5 < errors[0] / errors[1] < 5 and 3.5 < errors[1] / errors[2] < 5
 
 
@@ -133,11 +135,13 @@ def test_a_dropped_label_is_no_label():
 def small_run(*flags):
     args = parse_args([*FLAGS, *flags])
     images, labels = train_cifar.draw_smoke_images(20, seed=0)
-    return args, build_run(args, torch.device("cpu"), 10), torch.from_numpy(images), torch.from_numpy(labels).long()
+    run = build_run(args, torch.device("cpu"), 10)
+    return args, run, torch.from_numpy(images), torch.from_numpy(labels).long()
 
 
 def step_of(run, images, labels, step, args):
-    return train_step(run.model, run.averaged, run.optimizer, draw_batch(images, labels, step, args), step, args)
+    return train_step(run.model, run.averaged, run.optimizer, draw_batch(images, labels, step, args), step,
+                      args)
 
 
 def test_a_batch_depends_on_seed_and_step_alone_and_processes_share_it_out():
@@ -148,7 +152,8 @@ def test_a_batch_depends_on_seed_and_step_alone_and_processes_share_it_out():
         assert torch.equal(tensor[0::2], parts[0]) and torch.equal(tensor[1::2], parts[1])
     assert not torch.equal(whole[3], draw_batch(images, labels, 6, args)[3])
     y, given, sigma, noise = whole
-    assert y.shape == noise.shape == (8, 3, 32, 32) and given.shape == sigma.shape == (8,) and y.min() >= -1 and y.max() <= 1
+    assert y.shape == noise.shape == (8, 3, 32, 32) and given.shape == sigma.shape == (8,)
+    assert -1 <= y.min() and y.max() <= 1
 
 
 def test_a_pass_shows_every_image_once_half_of_them_mirrored_and_some_without_a_label():
@@ -160,27 +165,35 @@ def test_a_pass_shows_every_image_once_half_of_them_mirrored_and_some_without_a_
     shown = given[given >= 0]
     assert len(shown.unique()) == len(shown) and 0.05 < (given < 0).float().mean() < 0.15
     assert 0.4 < (y[:, 0, 0, 0] > y[:, 0, 0, -1]).float().mean() < 0.6
-    assert abs(sigma.log().mean() + 1.2) < 0.15 and abs(sigma.log().std() - 1.2) < 0.15 and abs(noise.std() - 1) < 0.01
+    assert abs(sigma.log().mean() + 1.2) < 0.15 and abs(sigma.log().std() - 1.2) < 0.15
+    assert abs(noise.std() - 1) < 0.01
 
 
 def test_the_average_follows_with_its_half_life_and_shares_nothing():
     args, run, images, labels = small_run("--lr", "0.1", "--images", "1")
     weights = lambda module: torch.cat([p.detach().flatten() for p in module.parameters()])
-    assert not {p.data_ptr() for p in run.model.parameters()} & {p.data_ptr() for p in run.averaged.parameters()}
+    storages = [{p.data_ptr() for p in module.parameters()} for module in (run.model, run.averaged)]
+    assert not storages[0] & storages[1]
     step_of(run, images, labels, 0, args)
-    assert torch.equal(weights(run.model), weights(run.averaged)), "nothing of the first, random weights is kept"
-    before, step = weights(run.averaged), 60  # 480 images so far, 5 % of them are 24, and a batch is 8: a third of the half-life
+    assert torch.equal(weights(run.model), weights(run.averaged)), (
+        "nothing of the first, random weights is kept")
+    # 480 images so far, 5 % of them are 24, and a batch is 8: a third of the half-life
+    before, step = weights(run.averaged), 60
     step_of(run, images, labels, step, args)
-    torch.testing.assert_close(weights(run.averaged), 0.5 ** (1 / 3) * before + (1 - 0.5 ** (1 / 3)) * weights(run.model))
-    before, args.batch_size = weights(run.averaged), 500_000  # 30 million images so far: now it is half a million
-    train_step(run.model, run.averaged, run.optimizer, draw_batch(images, labels, 0, small_run()[0]), step, args)
+    torch.testing.assert_close(weights(run.averaged),
+                               0.5 ** (1 / 3) * before + (1 - 0.5 ** (1 / 3)) * weights(run.model))
+    # 30 million images so far: now it is half a million
+    before, args.batch_size = weights(run.averaged), 500_000
+    train_step(run.model, run.averaged, run.optimizer, draw_batch(images, labels, 0, small_run()[0]), step,
+               args)
     torch.testing.assert_close(weights(run.averaged), (before + weights(run.model)) / 2)
 
 
 def test_an_overflow_in_one_gradient_leaves_the_weights_finite():
     args, run, images, labels = small_run()
     run.model.model.map_label.weight.register_hook(lambda gradient: torch.full_like(gradient, torch.inf))
-    assert step_of(run, images, labels, 0, args).isfinite() and all(p.isfinite().all() for p in run.model.parameters())
+    assert step_of(run, images, labels, 0, args).isfinite()
+    assert all(p.isfinite().all() for p in run.model.parameters())
 
 
 def test_learning_rate_rises_over_a_twentieth_of_the_images():
@@ -195,44 +208,36 @@ def test_learning_rate_rises_over_a_twentieth_of_the_images():
 def test_dropout_acts_in_training_and_not_in_the_average():
     _, run, _, _ = small_run("--dropout", "0.5")
     randomise(run.model), randomise(run.averaged)
-    noisy, changes = torch.randn(2, 3, 32, 32), lambda module: not torch.equal(module(noisy, 1.0), module(noisy, 1.0))
+    noisy = torch.randn(2, 3, 32, 32)
+    changes = lambda module: not torch.equal(module(noisy, 1.0), module(noisy, 1.0))
     assert changes(run.model) and not changes(run.averaged)
 
 
 def test_it_learns(tmp_path, folder, monkeypatch):
     monkeypatch.setattr(train_edm, "LOG_EVERY", 25)
-    main([*FLAGS, "--data-dir", str(folder), "--out", str(tmp_path), "--images", "400", "--dropout", "0", "--lr", "1e-2"])
+    main([*FLAGS, "--data-dir", str(folder), "--out", str(tmp_path), "--images", "400", "--dropout", "0",
+          "--lr", "1e-2"])
     losses = [float(row["loss"]) for row in csv.DictReader(open(tmp_path / "log.csv"))]
     assert len(losses) == 2 and losses[1] < 0.9 * losses[0] < 0.9
 
 
 # ------------------------------------------------------------------------------------------- a run, continued
 
-def assert_same(path, other):
-    """Two checkpoints hold the same numbers, bit for bit, but for the speed in the log."""
-    a, b = [dict(leaves(torch.load(p, weights_only=True))) for p in (path, other)]
-    assert a.keys() == b.keys() and any("optimizer" in name for name in a) and any("log" in name for name in a)
-    for name in a:
-        if not name.endswith("/images_per_s"):
-            assert torch.equal(a[name], b[name]) if isinstance(a[name], torch.Tensor) else a[name] == b[name], name
-
-
 def continue_and_compare(out, finished, folder):
     main([*TWELVE_STEPS, "--data-dir", str(folder), "--out", str(out)])
-    assert_same(out / "edm.pt", finished / "edm.pt")
+    assert differences(out / "edm.pt", finished / "edm.pt") == []
     assert not list(out.glob("*.tmp"))
 
 
+@pytest.mark.slow
 def test_a_killed_run_continues_bit_for_bit(finished, folder, tmp_path):
-    run = ("import sys, torch; sys.path[:0] = ['experiments']; import train_edm; train_edm.GRID, train_edm.LOG_EVERY = 1, 5; "
-           f"torch.set_num_threads({torch.get_num_threads()}); train_edm.main(sys.argv[1:])")  # decides in which order sums are taken
-    command = [sys.executable, "-c", run, *TWELVE_STEPS, "--data-dir", str(folder), "--out", str(tmp_path)]
-    step = lambda: torch.load(tmp_path / "edm.pt", weights_only=True)["step"] if (tmp_path / "edm.pt").exists() else 0
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL) as process:
-        while step() < 3 and process.poll() is None:
-            time.sleep(0.005)
-        process.kill()
-    assert process.returncode == -signal.SIGKILL and 3 <= step() < 12
+    program = write_program(tmp_path / "run.py", "train_edm", GRID=1, LOG_EVERY=5)
+    step = lambda: load(tmp_path / "edm.pt")["step"] if (tmp_path / "edm.pt").exists() else 0
+    process = start(program, [*TWELVE_STEPS, "--data-dir", str(folder), "--out", str(tmp_path)])
+    while step() < 3 and process.poll() is None:
+        time.sleep(0.005)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL and 3 <= step() < 12
     continue_and_compare(tmp_path, finished, folder)
 
 
@@ -247,17 +252,21 @@ def test_whatever_ends_a_run_it_continues_bit_for_bit(finished, folder, tmp_path
         main([*TWELVE_STEPS, "--data-dir", str(folder), "--out", str(tmp_path)])
     monkeypatch.undo()
     monkeypatch.setattr(train_edm, "GRID", 1), monkeypatch.setattr(train_edm, "LOG_EVERY", 5)
-    saved = torch.load(tmp_path / "edm.pt", weights_only=True)
-    assert saved["step"] == after and len(saved["recent"]) == after % 5, "losses that no row of the log has are kept"
+    saved = load(tmp_path / "edm.pt")
+    assert saved["step"] == after
+    assert len(saved["recent"]) == after % 5, "losses that no row of the log has are kept"
     continue_and_compare(tmp_path, finished, folder)
-    rows = [[row[name] for row in csv.DictReader(open(out / "log.csv")) for name in ("step", "loss")] for out in (tmp_path, finished)]
+    rows = [[row[name] for row in csv.DictReader(open(out / "log.csv")) for name in ("step", "loss")]
+            for out in (tmp_path, finished)]
     assert rows[0] == rows[1]
 
 
 def test_the_clock_decides_when_to_save(folder, tmp_path, monkeypatch):
     saved, save = [], train_edm.save
-    monkeypatch.setattr(train_edm, "save", lambda path, recipe, run: saved.append(run.step) or save(path, recipe, run))
-    main([*TWELVE_STEPS, "--save-minutes", "60", "--images", "24", "--data-dir", str(folder), "--out", str(tmp_path / "rarely")])
+    noted = lambda path, recipe, run: saved.append(run.step) or save(path, recipe, run)
+    monkeypatch.setattr(train_edm, "save", noted)
+    main([*TWELVE_STEPS, "--save-minutes", "60", "--images", "24", "--data-dir", str(folder), "--out",
+          str(tmp_path / "rarely")])
     assert saved == [0, 3], "before the first step and in the end"
     main([*TWELVE_STEPS, "--images", "24", "--data-dir", str(folder), "--out", str(tmp_path / "always")])
     assert saved[2:] == [0, 1, 2, 3]
@@ -271,7 +280,8 @@ def test_a_finished_run_stays_as_it_is_and_can_be_made_longer(finished, folder, 
     main([*FLAGS, "--images", "104", "--data-dir", str(folder), "--out", str(tmp_path)])
     log = list(csv.DictReader(open(tmp_path / "log.csv")))
     assert [int(row["step"]) for row in log] == [5, 10, 12, 13]
-    assert sorted(path.name for path in finished.glob("*.png")) == [f"samples-{n:09d}.png" for n in (32, 64, 96)]
+    assert sorted(path.name for path in finished.glob("*.png")) == [f"samples-{n:09d}.png"
+                                                                    for n in (32, 64, 96)]
 
 
 def test_nothing_is_overwritten_by_starting_anew(folder, tmp_path):
@@ -282,13 +292,14 @@ def test_nothing_is_overwritten_by_starting_anew(folder, tmp_path):
 
 
 def test_a_second_run_in_the_same_folder_is_refused(folder, tmp_path, impatient):
-    with train_cifar.FileLock(tmp_path / "lock"), pytest.raises(InputError, match="another run is at work there"):
+    with train_cifar.FileLock(tmp_path / "lock"), pytest.raises(InputError,
+                                                                match="another run is at work there"):
         main([*TWELVE_STEPS, "--data-dir", str(folder), "--out", str(tmp_path)])
     assert not (tmp_path / "edm.pt").exists()
 
 
 def test_a_checkpoint_that_would_run_code_is_refused(finished, folder, tmp_path):
-    torch.save(torch.load(finished / "edm.pt", weights_only=True) | {"extra": os.getcwd}, tmp_path / "edm.pt")
+    torch.save(load(finished / "edm.pt") | {"extra": os.getcwd}, tmp_path / "edm.pt")
     with pytest.raises(InputError, match="edm.pt: damaged"):
         main([*TWELVE_STEPS, "--data-dir", str(folder), "--out", str(tmp_path)])
 
@@ -296,21 +307,26 @@ def test_a_checkpoint_that_would_run_code_is_refused(finished, folder, tmp_path)
 def test_a_loss_that_is_not_finite_ends_the_run_and_nothing_of_it_is_saved(folder, tmp_path):
     with pytest.raises(FloatingPointError, match=r"(?=.*step [0-9]+)(?=.*not finite)(?=.*loss)"):
         main([*FLAGS, "--images", "96", "--lr", "1e30", "--data-dir", str(folder), "--out", str(tmp_path)])
-    saved = torch.load(tmp_path / "edm.pt", weights_only=True)
-    assert saved["step"] == 0 and all(tensor.isfinite().all() for tensor in saved["model_state_dict"].values())
+    saved = load(tmp_path / "edm.pt")
+    assert saved["step"] == 0
+    assert all(tensor.isfinite().all() for tensor in saved["model_state_dict"].values())
 
 
 # -------------------------------------------------------------------------------------- what the model is for
 
 def test_the_file_is_a_teacher_with_labels_and_without(finished):
-    saved = torch.load(finished / "edm.pt", weights_only=True)
+    saved = load(finished / "edm.pt")
     encoder, denoiser = load_edm_encoder(finished / "edm.pt"), load_denoiser(finished / "edm.pt")
     for name, tensor in encoder.model.state_dict().items():
-        assert torch.equal(tensor, saved["model_state_dict"][name]) and torch.equal(tensor, denoiser.model.state_dict()[name])
-    assert encoder.label_dim == 10 and not any(p.requires_grad for p in [*encoder.parameters(), *denoiser.parameters()])
+        assert torch.equal(tensor, saved["model_state_dict"][name])
+        assert torch.equal(tensor, denoiser.model.state_dict()[name])
+    assert encoder.label_dim == 10
+    assert not any(p.requires_grad for p in [*encoder.parameters(), *denoiser.parameters()])
     for flags in ([], ["--teacher-unconditional"]):
-        teacher = train_cifar.load_teacher(train_cifar.parse_args(["--smoke", "--teacher", str(finished / "edm.pt"), *flags]))
-        assert teacher(torch.rand(2, 3, 32, 32), None if flags else torch.tensor([0, 9]), 0.06).shape == (2, 8)
+        teacher = train_cifar.load_teacher(train_cifar.parse_args(["--smoke", "--teacher",
+                                                                   str(finished / "edm.pt"), *flags]))
+        labels = None if flags else torch.tensor([0, 9])
+        assert teacher(torch.rand(2, 3, 32, 32), labels, 0.06).shape == (2, 8)
 
 
 def test_a_model_without_labels(folder, tmp_path, monkeypatch):
@@ -323,18 +339,22 @@ def test_a_model_without_labels(folder, tmp_path, monkeypatch):
         main(flags)
     shapes, save_image = [], train_edm.save_image
     monkeypatch.setattr(train_edm, "GRID", 3)
-    monkeypatch.setattr(train_edm, "save_image", lambda images, *rest, **named: shapes.append(images.shape) or save_image(images, *rest, **named))
+    monkeypatch.setattr(train_edm, "save_image", lambda images, *rest, **named: shapes.append(images.shape)
+                        or save_image(images, *rest, **named))
     main([*flags, "--label-dropout", "1"])
     assert shapes == [(9, 3, 32, 32)], "no rows of classes"
-    saved = torch.load(tmp_path / "run" / "edm.pt", weights_only=True)
-    assert saved["edm_arguments"]["label_dim"] == 0 and not [name for name in saved["model_state_dict"] if "map_label" in name]
+    saved = load(tmp_path / "run" / "edm.pt")
+    assert saved["edm_arguments"]["label_dim"] == 0
+    assert not [name for name in saved["model_state_dict"] if "map_label" in name]
 
     # It is a teacher as any other, and has no images with labels to give.
-    encoder, images, noise = load_edm_encoder(tmp_path / "run" / "edm.pt"), torch.rand(2, 3, 32, 32), torch.randn(2, 3, 32, 32)
+    encoder, (images, noise) = load_edm_encoder(tmp_path / "run" / "edm.pt"), torch.randn(2, 2, 3, 32, 32)
     assert torch.equal(encoder(images, torch.tensor([0, 9]), 0.06, noise), encoder(images, None, 0.06, noise))
-    teacher = train_cifar.load_teacher(train_cifar.parse_args(["--smoke", "--teacher", str(tmp_path / "run" / "edm.pt")]))
+    teacher = train_cifar.load_teacher(train_cifar.parse_args(["--smoke", "--teacher",
+                                                               str(tmp_path / "run" / "edm.pt")]))
     assert teacher.label_dim == 0 and teacher.width == 8
-    with pytest.raises(InputError, match="edm.pt: is a model without labels, and synthetic images need labels"):
+    with pytest.raises(InputError,
+                       match="edm.pt: is a model without labels, and synthetic images need labels"):
         draw(tmp_path / "synthetic.npz", 4, tmp_path / "run" / "edm.pt")
     assert not list(tmp_path.glob("synthetic*"))
 
@@ -344,15 +364,18 @@ def test_a_model_without_labels(folder, tmp_path, monkeypatch):
 
 
 def draw(out, count, model, *flags, **processes):
-    args = parse_args(["--sample", str(count), "--model", str(model), "--out", str(out), "--batch-size", "4", "--device", "cpu", *flags])
+    args = parse_args(["--sample", str(count), "--model", str(model), "--out", str(out), "--batch-size", "4",
+                       "--device", "cpu", *flags])
     train_edm.draw_images(args, **processes)
 
 
-def test_synthetic_images_are_balanced_and_functions_of_seed_and_number(finished, tmp_path, monkeypatch, impatient):
+def test_synthetic_images_are_balanced_and_functions_of_seed_and_number(finished, tmp_path, monkeypatch,
+                                                                        impatient):
     draw(tmp_path / "ten.npz", 10, TINY)
     images, labels = train_cifar.open_npz(tmp_path / "ten.npz", 10)
     assert images.shape == (10, 32, 32, 3) and labels.tolist() == list(range(10))
-    latents = torch.randn(3, 32, 32, generator=train_cifar.generator(0, 9, "latent"))[None].expand(4, -1, -1, -1)
+    latent = torch.randn(3, 32, 32, generator=train_cifar.generator(0, 9, "latent"))
+    latents = latent[None].expand(4, -1, -1, -1)
     alone = to_pixels(sample(load_denoiser(TINY), latents, torch.full((4,), 9)))
     assert np.abs(alone[0].permute(1, 2, 0).numpy().astype(int) - images[9]).max() <= 1
 
@@ -364,7 +387,8 @@ def test_synthetic_images_are_balanced_and_functions_of_seed_and_number(finished
     parts = tmp_path / "two.npz.parts"
     assert sorted(part.name for part in parts.glob("*.npy")) == ["000000000.npy", "000000008.npy"]
     count.clear()
-    for model, flags, named in ((finished / "edm.pt", (), "model edm_tiny_cond_vp.pkl, not edm.pt"), (TINY, ("--seed", "1"), "seed 0, not 1"),
+    for model, flags, named in ((finished / "edm.pt", (), "model edm_tiny_cond_vp.pkl, not edm.pt"),
+                                (TINY, ("--seed", "1"), "seed 0, not 1"),
                                 (TINY, ("--batch-size", "5"), "batch_size 4, not 5")):
         with pytest.raises(InputError, match=f"two.npz.parts: is of a run with {named}"):
             draw(tmp_path / "two.npz", 10, model, *flags)
@@ -376,17 +400,20 @@ def test_synthetic_images_are_balanced_and_functions_of_seed_and_number(finished
     with pytest.raises(InputError, match="000000004.npy: damaged; delete it"):
         draw(tmp_path / "two.npz", 10, TINY)
     (parts / "000000004.npy").unlink()
-    with train_cifar.FileLock(parts / "lock"), pytest.raises(InputError, match="another run is at work there"):
+    with train_cifar.FileLock(parts / "lock"), pytest.raises(InputError,
+                                                             match="another run is at work there"):
         draw(tmp_path / "two.npz", 10, TINY)
     assert not count
     draw(tmp_path / "two.npz", 10, TINY)
     assert len(count) == 1 and not parts.exists(), "only what was missing is drawn"
     assert np.array_equal(np.load(tmp_path / "two.npz")["image"], images)
-    assert not np.array_equal(np.load(tmp_path / "other.npz")["image"], images[:4]), "another seed, other images"
+    assert not np.array_equal(np.load(tmp_path / "other.npz")["image"], images[:4]), (
+        "another seed, other images")
 
 
 def test_the_plan_counts_edms_own_training(folder, tmp_path, capsys):
-    main(["--dry-run", "--data-dir", str(folder), "--batch-size", "32", "--device", "cpu", "--out", str(tmp_path / "never")])
+    main(["--dry-run", "--data-dir", str(folder), "--batch-size", "32", "--device", "cpu", "--out",
+          str(tmp_path / "never")])
     plan = capsys.readouterr().out
     assert "55.73M parameters" in plan and "42.4 GFLOP" in plan and "2.54e+19 FLOP" in plan
     assert not (tmp_path / "never").exists()
@@ -394,61 +421,69 @@ def test_the_plan_counts_edms_own_training(folder, tmp_path, capsys):
 
 # -------------------------------------------------------------------------------------------------- bad input
 
-def test_bad_flags_and_files_are_named_and_write_nothing(finished, folder, tmp_path, capsys):
-    (tmp_path / "page.pt").write_text("<html>404</html>")
-    (tmp_path / "pointer.pt").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+OUT, DRAW = "--out {}/never", "--sample 8 --out {}/never.npz --model"
+MISTAKES = [  # flags, and what their line has to say
+    (f"{OUT} --images 0", "--images"), (f"{OUT} --lr -1", "--lr"),
+    (f"{OUT} --label-dropout 1.5", "--label-dropout"),
+    (f"{OUT} --label-dropout=-0.1", "--label-dropout"), (f"{OUT} --dropout 1", "--dropout"),
+    (f"{OUT} --save-minutes -1", "--save-minutes"), (f"{OUT} --channel-mult 0 1 1", "--channel-mult"),
+    (f"{OUT} --model-channels 4", "--model-channels: '4'"), (f"{OUT} --batch-size 65", "--batch-size 65"),
+    (f"{OUT} --model-channels 130 --batch-size 8", "--model-channels"),
+    (f"{OUT} --channel-mult 1 1", "--channel-mult"),
+    (f"{OUT} --sample 8", ".npz"), (f"{OUT} --sample 0", "--sample: '0'"),
+    (f"{DRAW} {TINY} --dry-run", "--dry-run"),
+    (f"{OUT} {' '.join(FLAGS)} --num-blocks 33", "--num-blocks"), (f"{OUT} --nonsense 1", "--nonsense"),
+    (f"{OUT} --smoke --dataset cifar100", "--smoke"), (f"{OUT} --data-dir {{}}/none", "none"),
+    (f"{OUT} {' '.join(FLAGS)} --data-dir {{}}/seven",
+     "seven: no training image has label 9, expected 0 to 9"),
+    (f"{DRAW} {{}}/none.pt", "none.pt"), (f"{DRAW} {{}}/page.pt", f"page.pt: {PAGE}"),
+    (f"{DRAW} {{}}/pointer.pt", f"pointer.pt: {LFS}"), (f"{DRAW} {TINY} --dataset cifar100", "10 classes"),
+    (f"{DRAW} {{}}/other.pt", "other.pt: damaged, refused or no EDM network"),
+    (f"{DRAW} {TINY} --out {{}}/there.npz", "there.npz: is there already"),
+    (f"--out {{}}/run {' '.join(TWELVE_STEPS)} --data-dir {{}}/NAME",
+     "edm.pt: is of a run with number of images 64, not 10"),
+    (f"--out {{}}/run {' '.join(FLAGS)} --lr 0.5", "edm.pt: is of a run with lr 0.001, not 0.5"),
+]
+
+
+def test_a_mistake_on_the_command_line_gives_one_line_and_writes_nothing(finished, folder, tmp_path,
+                                                                         monkeypatch):
+    def no_network(*_, **__):
+        raise RuntimeError("no network")
+    monkeypatch.setattr(train_cifar.torchvision.datasets, "CIFAR10", no_network)
+    shutil.copytree(finished, tmp_path / "run")
+    (tmp_path / "page.pt").write_bytes(HTML)
+    (tmp_path / "pointer.pt").write_bytes(POINTER)
     torch.save({"step": 3}, tmp_path / "other.pt")
     (tmp_path / "there.npz").write_text("mine")
     for name, labels in ((folder.name, np.arange(10)), ("seven", np.arange(8) % 7)):
         (tmp_path / name).mkdir()
-        np.savez(tmp_path / name / "train.npz", image=np.zeros((len(labels), 32, 32, 3), np.uint8), label=labels)
-    run, out = ["--data-dir", str(folder)], ["--out", str(tmp_path / "never")]
-    draw = ["--sample", "8", "--out", str(tmp_path / "never.npz"), "--model"]
-    for flags, named in [
-            ([*out, "--images", "0"], "--images"), ([*out, "--lr", "-1"], "--lr"), ([*out, "--label-dropout", "1.5"], "--label-dropout"),
-            ([*out, "--label-dropout", "-0.1"], "--label-dropout"), ([*out, "--dropout", "1"], "--dropout"), ([*out, "--save-minutes", "-1"], "--save-minutes"),
-            ([*out, "--channel-mult", "0", "1", "1"], "--channel-mult"), ([*out, "--model-channels", "4"], "--model-channels: '4'"),
-            ([*out, "--model-channels", "130", "--batch-size", "8"], "--model-channels"), ([*out, "--batch-size", "65"], "--batch-size 65"),
-            ([*out, "--sample", "8"], ".npz"), ([*out, "--sample", "0"], "--sample: '0'"),
-            ([*out, "--channel-mult", "1", "1"], "--channel-mult"), ([*out, *FLAGS, "--num-blocks", "33"], "--num-blocks"),
-            ([*draw, str(TINY), "--dry-run"], "--dry-run"), ([*out, "--smoke", "--dataset", "cifar100"], "--smoke"), ([*out, "--nonsense", "1"], "--nonsense"),
-            ([*out, *FLAGS, "--data-dir", str(tmp_path / "seven")], "seven: no training image has label 9, expected 0 to 9"), ([*out, "--data-dir", str(tmp_path / "x")], "x"),
-            ([*draw, str(tmp_path / "none.pt")], "none.pt"), ([*draw, str(tmp_path / "page.pt")], "page.pt: is a web page"),
-            ([*draw, str(tmp_path / "pointer.pt")], "pointer.pt: is a Git LFS pointer"),
-            ([*draw, str(tmp_path / "other.pt")], "other.pt: damaged, refused or no EDM network"),
-            ([*draw, str(TINY), "--dataset", "cifar100"], "10 classes"),
-            ([*draw, str(TINY), "--out", str(tmp_path / "there.npz")], "there.npz: is there already"),
-            (["--out", str(finished), *TWELVE_STEPS, "--data-dir", str(tmp_path / folder.name)], "edm.pt: is of a run with number of images 64, not 10"),
-            (["--out", str(finished), *FLAGS, "--lr", "0.5"], "edm.pt: is of a run with lr 0.001, not 0.5")]:
-        with pytest.MonkeyPatch.context() as patch, pytest.raises((InputError, OSError, SystemExit)) as caught:
-            patch.setattr(train_cifar.torchvision.datasets, "CIFAR10", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("no network")))
-            main([*run, "--device", "cpu", *flags])
-        message = capsys.readouterr().err.splitlines()[-1] if isinstance(caught.value, SystemExit) else str(caught.value)
-        assert named in message and "\n" not in message, (flags, message)
-        assert not isinstance(caught.value, SystemExit) or caught.value.code == 2
-    assert not list(tmp_path.glob("never*")) and (tmp_path / "there.npz").read_text() == "mine"
-
-
-def test_the_command_line_exits_with_2_and_one_line(tmp_path):
-    command = [sys.executable, "experiments/train_edm.py", "--sample", "4", "--out", str(tmp_path / "images.npz"), "--model", str(tmp_path / "none.pt")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.startswith("error: ") and "none.pt" in done.stderr and len(done.stderr.splitlines()) == 1
+        write_npz(tmp_path / name / "train.npz", len(labels), label=labels)
+    before = contents(tmp_path)
+    for flags, named in MISTAKES:
+        command = f"--device cpu --data-dir {folder} {flags}".replace("{}/NAME",
+                                                                      f"{{}}/{folder.name}").replace("{}", str(tmp_path))
+        assert_one_line("experiments/train_edm.py", command.split(), named)
+    assert contents(tmp_path) == before
 
 
 def test_damaged_files_give_one_clear_line(finished, tmp_path):
     """The same reader is behind train_cifar.py's --teacher."""
     whole, path = (finished / "edm.pt").read_bytes(), tmp_path / "edm.pt"
-    saved = torch.load(finished / "edm.pt", weights_only=True)
-    contents = [(whole[:len(whole) // 2], "damaged"), (whole[:100] + bytes(1000) + whole[1100:], "damaged"),
-                ({"model_state_dict": saved["model_state_dict"]}, "damaged"), (saved | {"edm_arguments": 3}, "damaged"),
+    saved = load(finished / "edm.pt")
+    damaged = [(whole[:len(whole) // 2], "damaged"), (whole[:100] + bytes(1000) + whole[1100:], "damaged"),
+                ({"model_state_dict": saved["model_state_dict"]}, "damaged"),
+                (saved | {"edm_arguments": 3}, "damaged"),
                 (saved | {"edm_arguments": saved["edm_arguments"] | {"num_blocks": 2}}, "is missing"),
-                (saved | {"edm_arguments": saved["edm_arguments"] | {"model_channels": 16}}, r" is \[.*\], expected \["),
+                (saved | {"edm_arguments": saved["edm_arguments"] | {"model_channels": 16}},
+                 r" is \[.*\], expected \["),
                 (saved | {"edm_arguments": saved["edm_arguments"] | {"colour": "red"}}, "colour"),
                 (saved | {"model_state_dict": dict.fromkeys(saved["model_state_dict"], 3)}, "is missing"),
-                (saved | {"model_state_dict": {"os": os.getcwd}}, "damaged, refused")]  # a function is not data
-    for content, message in contents:
+                # a function is not data
+                (saved | {"model_state_dict": {"os": os.getcwd}}, "damaged, refused")]
+    for content, message in damaged:
         path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
-        for load in (load_edm_encoder, load_denoiser):
+        for read in (load_edm_encoder, load_denoiser):
             with pytest.raises(ValueError, match=message) as caught:
-                load(path)
+                read(path)
             assert str(caught.value).startswith(f"{path}: ") and "\n" not in str(caught.value)
