@@ -2,7 +2,7 @@
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ["HF_HUB_OFFLINE"] = "1"  # a test that asks for pretrained weights gets an error at once, no download
+os.environ["HF_HUB_OFFLINE"] = "1"  # who asks for pretrained weights gets an error at once
 
 import torch  # noqa: E402  (it reads the variables above)
 

@@ -185,7 +185,7 @@ def damaged_files(folder):
     yield "tensors missing", written("enc.32x32_block0"), "enc.16x16_down.norm0.weight is missing"
     yield "other shapes", written(arguments={"model_channels": 16}), r" is \[.*\], expected \["
     yield "unknown argument", written(arguments={"colour": "red"}), "colour"
-    yield "NCSN++", written(arguments=NCSNPP), r"is NCSN\+\+ .*embedding_type fourier.*; only DDPM\+\+ is read, "
+    yield "NCSN++", written(arguments=NCSNPP), r"is NCSN\+\+ .*embedding_type fourier.*; only DDPM\+\+ is "
     for name, value in NCSNPP.items():
         if value != "standard":
             yield f"NCSN++'s {name}", written(arguments={name: value}), rf"is NCSN\+\+ .*\({name} "

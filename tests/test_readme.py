@@ -33,7 +33,8 @@ def commands():
 
 def test_the_readme_has_the_commands_of_all_scripts():
     named = {script for script, _ in commands()}
-    there = {path.relative_to(ROOT).as_posix() for path in [*ROOT.glob("*.py"), *ROOT.glob("experiments/*.py")]}
+    paths = [*ROOT.glob("*.py"), *ROOT.glob("experiments/*.py")]
+    there = {path.relative_to(ROOT).as_posix() for path in paths}
     assert there - named <= {"edm_encoder.py", "experiments/robustbench_models.py"}
     assert all((ROOT / script).exists() for script in named)
     assert sum(script == "train_cifar.py" for script, _ in commands()) >= 14
