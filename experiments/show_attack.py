@@ -18,6 +18,11 @@ stripes and specks. With adversarial training fewer images are lost, the network
 the difference follows the shapes in the image. Each network is attacked by its own gradient (white box), so
 each has its own x'; all start from the same noise.
 
+assets/attack.png is the first command for two small networks of ours, with the default seed (10 s on a CPU).
+Both are WRN-10-2, trained on 10,000 images of CIFAR-10 (--batch-size 64 --lr 0.1): 8 epochs without attack,
+and 12 epochs of AT+DRA with --attack-steps 5. Of 500 test images the first gets 62.2 % right and 0.0 % when
+attacked, with a mean probability of 91 % for the wrong class; AT+DRA 52.6 % and 25.8 %, with 31 % (one seed).
+
 A few images prove nothing, and a tick only says that this attack failed. How robust a network is, AutoAttack
 says (eval_autoattack.py, on the whole test set).
 
