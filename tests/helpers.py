@@ -204,8 +204,7 @@ def from_all(tensor):
 def take_step(script, run, teacher, batch, args, ema_decay=0.5):
     """One training step of a run. Returns its numbers."""
     return script.train_step(run.model, run.averaged, run.projectors, teacher, run.optimizer, batch,
-                             ema_decay,
-                             args)
+                             ema_decay, args)
 
 
 def three_steps(script, args, data, teacher):

@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from helpers import (DIT, EDM as TINY, FIXTURES, HTML, POINTER, Call, assert_never_run, assert_one_line, dump,
-                     edm_file,
-                     randomise, run)
+                     edm_file, randomise, run)
 import edm_encoder
 from edm_encoder import EDMEncoder, InputError, SongUNet, UNetBlock, load_edm, load_edm_encoder
 

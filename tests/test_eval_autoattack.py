@@ -21,8 +21,7 @@ from filelock import FileLock
 from torch import nn
 
 from helpers import (DMAT, FIXTURES, HTML, LFS, PAGE, POINTER, assert_never_run, assert_one_line, contents,
-                     torchrun,
-                     write_npz)
+                     torchrun, write_npz)
 import eval_autoattack
 import train_cifar
 from eval_autoattack import (InputError, VerificationError, evaluate, load_classifier, load_imagenet, main,
@@ -189,8 +188,7 @@ def test_other_numbers_of_classes_go_from_train_npz_to_a_verdict(classes, remark
         np.savez(tmp_path / f"{split}.npz", image=image, label=np.arange(len(image)) % classes)
     data = ["--device", "cpu", "--data-dir", str(tmp_path)]
     train_cifar.main([*data, "--dataset", "npz", "--arch", "wrn-10-1", "--dra-weight", "0", "--max-steps",
-                      "2",
-                      "--batch-size", "8", "--attack-steps", "1", "--out", str(tmp_path / "run")])
+                      "2", "--batch-size", "8", "--attack-steps", "1", "--out", str(tmp_path / "run")])
     best = tmp_path / "run" / "best.pt"
     model = load_classifier(best)
     pixels = torch.from_numpy(image) / 255

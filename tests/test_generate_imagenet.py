@@ -16,8 +16,7 @@ import generate_imagenet
 import train_imagenet
 from dit_encoder import build_dit, build_vae
 from generate_imagenet import (Generator, InputError, VAEDecoder, complete, forwards_per_image,
-                               load_generator, main, parse_args, read_levels, time_grid,
-                               to_pixels)
+                               load_generator, main, parse_args, read_levels, time_grid, to_pixels)
 
 DIT, VAE, STATS = [FIXTURES / f"dit_sample_{name}.pt" for name in ("dit", "vae", "latents_stats")]
 SMOKE = ["--smoke", "--format", "png", "--steps", "4"]  # lossless, so that pixels can be compared

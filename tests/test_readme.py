@@ -1,5 +1,5 @@
-"""What README.md promises of its commands: each is understood by its script, each row of the CIFAR tables makes a
-plan, and the smoke runs run."""
+"""What README.md promises of its commands: each is understood by its script, each row of the CIFAR tables
+makes a plan, and the smoke runs run."""
 import importlib
 import re
 import shlex

@@ -11,8 +11,7 @@ import pytest
 import torch
 
 from helpers import (EDM as TINY, FIXTURES, HTML, LFS, PAGE, POINTER, assert_one_line, contents, differences,
-                     load,
-                     randomise, start, write_npz, write_program)
+                     load, randomise, start, write_npz, write_program)
 import train_cifar
 import train_edm
 from edm_encoder import load_edm_encoder

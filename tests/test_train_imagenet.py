@@ -36,8 +36,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from helpers import (CPU, DIT, DMAT, HTML, LFS, PAGE, POINTER, RANK, STATS, VAE, WORLD, Killed, all_finite,
                      assert_full_size_step, assert_identical_weights, assert_never_run, assert_one_line,
                      assert_same_gradient, assert_shares, compare, contents, die_in_step, hostile_pickles,
-                     load,
-                     log_rows, run, start, take_step, three_steps, torchrun, write_program)
+                     load, log_rows, run, start, take_step, three_steps, torchrun, write_program)
 import train_cifar
 import train_imagenet
 from dit_encoder import DiTEncoder, LightningDiT, VAEEncoder
