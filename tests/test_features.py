@@ -84,6 +84,7 @@ def sample(n, seed):
     return parts | {"right": (torch.rand(n, 2, generator=random) < torch.tensor([0.8, 0.4])).double()}
 
 
+@pytest.mark.slow
 def test_intervals_cover_where_a_bootstrap_that_draws_images_twice_does_not(monkeypatch):
     monkeypatch.setattr(features, "tqdm", lambda steps, **_: steps)
     values = [statistics(sample(80, seed), 8) for seed in range(1000, 1400)]
@@ -167,6 +168,7 @@ def test_rows_are_those_of_the_measures_on_drawn_images_and_their_pgd(run, folde
     assert float(rows[4]["alignment"]) > 0 and (tmp_path / "out" / "features.png").stat().st_size > 30_000
 
 
+@pytest.mark.slow
 def test_a_stronger_attack_moves_features_further_and_another_seed_draws_other_images(run):
     one, eight = [run("a", "--n", "16", "--eps", eps, out=eps[0])[0] for eps in ("1/255", "8/255")]
     assert float(one["alignment_high"]) < float(eight["alignment_low"])

@@ -262,6 +262,7 @@ def test_dry_run_counts_and_writes_nothing(tmp_path, capsys):
     assert not (tmp_path / "nothing").exists()
 
 
+@pytest.mark.slow
 def test_training_takes_the_folder_as_it_is(tmp_path):
     """The seam: class folders of the real images give the names, and `train_imagenet.py --synthetic` reads
     the result."""

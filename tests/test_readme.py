@@ -62,6 +62,7 @@ def test_each_smoke_run_runs(script, arguments, tmp_path):
     assert done.code == 0, done.err
 
 
+@pytest.mark.slow
 def test_each_row_of_the_cifar_tables_makes_a_plan(tmp_path, monkeypatch, capsys):
     """With black images in files of the released names and lengths, a tenth of the real images, and no
     weights in the networks."""

@@ -50,6 +50,7 @@ def test_a_sum_of_5_directions_is_rebuilt_with_k_5_and_not_with_k_4():
     assert kept.tolist() == [[3, 0, 2, 0], [0, 0, 0, 0]]
 
 
+@pytest.mark.slow
 def test_an_autoencoder_finds_more_directions_than_there_are_dimensions():
     """40 directions in 32 dimensions, two at a time, of which the fit knows nothing. Components cannot tell
     them apart."""
@@ -66,6 +67,7 @@ def test_an_autoencoder_finds_more_directions_than_there_are_dimensions():
     assert judge(fit(train, 1, args), 1, train, test)["loss"] > 0.3, "one at a time is too few"
 
 
+@pytest.mark.slow
 def test_the_second_term_revives_dead_latents():
     x, dead = normal(1000, 16) * 0.8 ** torch.arange(16), []
     x = (x - x.mean(dim=0)) / x.var(dim=0).mean().sqrt()

@@ -212,6 +212,7 @@ def test_dropout_acts_in_training_and_not_in_the_average():
     assert changes(run.model) and not changes(run.averaged)
 
 
+@pytest.mark.slow
 def test_it_learns(tmp_path, folder, monkeypatch):
     monkeypatch.setattr(train_edm, "LOG_EVERY", 25)
     main([*FLAGS, "--data-dir", str(folder), "--out", str(tmp_path), "--images", "400", "--dropout", "0",
@@ -240,6 +241,7 @@ def test_a_killed_run_continues_bit_for_bit(finished, folder, tmp_path):
     continue_and_compare(tmp_path, finished, folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at, after", [(7, 7), (0, 0)])
 def test_whatever_ends_a_run_it_continues_bit_for_bit(finished, folder, tmp_path, monkeypatch, at, after):
     def interrupted(*inputs):
@@ -260,6 +262,7 @@ def test_whatever_ends_a_run_it_continues_bit_for_bit(finished, folder, tmp_path
     assert rows[0] == rows[1]
 
 
+@pytest.mark.slow
 def test_the_clock_decides_when_to_save(folder, tmp_path, monkeypatch):
     saved, save = [], train_edm.save
     noted = lambda path, recipe, run: saved.append(run.step) or save(path, recipe, run)
@@ -368,6 +371,7 @@ def draw(out, count, model, *flags, **processes):
     train_edm.draw_images(args, **processes)
 
 
+@pytest.mark.slow
 def test_synthetic_images_are_balanced_and_functions_of_seed_and_number(finished, tmp_path, monkeypatch,
                                                                         impatient):
     draw(tmp_path / "ten.npz", 10, TINY)

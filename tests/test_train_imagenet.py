@@ -883,7 +883,7 @@ def test_two_processes_give_what_one_gives(tmp_path):
 
 @pytest.mark.parametrize("arch, width, parameters, share", [
     ("vit_base_patch16_dinov3.lvd1689m", 768, 86.4e6, 0.65),
-    ("convnext_base.dinov3_lvd1689m", 1024, 88.6e6, 0.65)])
+    pytest.param("convnext_base.dinov3_lvd1689m", 1024, 88.6e6, 0.65, marks=pytest.mark.slow)])
 def test_a_step_at_full_size_has_the_right_shapes_and_types_and_never_waits(arch, width, parameters, share):
     """The paper's backbones with a teacher of LightningDiT-XL/1's and VA-VAE's sizes, without the memory.
     What autograd keeps of the activations is bfloat16, but for the inputs of layer norms; logits and losses
