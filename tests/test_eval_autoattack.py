@@ -322,7 +322,9 @@ def test_verification_accepts_the_result_and_catches_every_tampering(images, lab
         changed = getattr(undisturbed, name).clone()
         changed[index] = value
         return type(undisturbed)(**{**vars(undisturbed), name: changed})
-    for result, message in ((tampered("adversarial", fallen, images[fallen] + 2 * EPS), "further than eps"),
+    inwards = 1 - 2 * images[fallen].round()  # so that a little more than eps stays within [0, 1]
+    too_far = images[fallen] + 1.01 * EPS * inwards
+    for result, message in ((tampered("adversarial", fallen, too_far), "further than eps"),
                             (tampered("adversarial", fallen, torch.nan), "further than eps"),
                             (tampered("adversarial", fallen, images[fallen]), "do not repeat"),
                             (tampered("broken_by", robust, 1), "do not repeat"),

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "experiments"))
 import probe_teacher
 import train_cifar
 from edm_encoder import EDMEncoder, load_edm_encoder
-from edm_pickles import dump, edm_file, randomise
+from helpers import dump, edm_file, randomise
 from eval_autoattack import load_classifier
 from probe_teacher import InputError, add_row, attack, fit_probe, main, parse_args, shared_direction, summarise
 

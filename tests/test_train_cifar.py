@@ -168,6 +168,14 @@ def test_alignment_is_minus_one_where_directions_agree_and_ignores_length():
     torch.testing.assert_close(dra_loss(torch.eye(4), torch.eye(4).roll(1, 0)), torch.tensor(0.0))
 
 
+def test_alignment_moves_the_prediction_and_never_the_target():
+    projected, target = torch.randn(2, 6, 32).requires_grad_().unbind(0)
+    for tensor in (projected, target):
+        tensor.retain_grad()
+    dra_loss(projected, target).backward()
+    assert projected.grad.abs().sum() > 0 and target.grad is None
+
+
 @pytest.fixture(scope="module")
 def upstream():
     """Two optimizer steps of DM-AT's own code, see fixtures/README.md: name -> tensor."""
