@@ -150,8 +150,8 @@ def load_classifier(path, arch=None, dataset=None, script=None, weights="average
         raise InputError(f"{path}: does not say its arch or dataset; give --arch and --dataset")
     benchmark = BENCHMARKS[dataset]
     classes = saved.get("num_classes", benchmark.classes)
-    if classes is None:
-        raise InputError(f"{path}: does not say its number of classes, as --dataset npz needs")
+    if not isinstance(classes, int) or not 0 < classes <= 100_000:
+        raise InputError(f"{path}: does not say its number of classes, as --dataset {dataset} needs")
     # On ImageNet, one may train on a part of the classes.
     if classes != benchmark.classes and dataset in ("cifar10", "cifar100"):
         raise InputError(f"{path}: classifies into {classes} classes, {dataset} has {benchmark.classes}")
@@ -163,6 +163,8 @@ def load_classifier(path, arch=None, dataset=None, script=None, weights="average
         model = build_model(arch, classes, **last)
     except ValueError as error:  # an architecture that the script does not know
         raise InputError(f"{path}: {script.name} cannot build it ({error})") from None
+    if not isinstance(saved.get("args") or {}, dict):
+        raise InputError(f"{path}: its args are no dict of settings")
     state, expected = choose_weights(path, saved, weights), model.state_dict()
     for prefix in ("module.", "model.", "0."):  # of DataParallel, a wrapper, and DM-AT's Sequential
         if state.keys() != expected.keys() and all(name.startswith(prefix) for name in state):
@@ -170,8 +172,12 @@ def load_classifier(path, arch=None, dataset=None, script=None, weights="average
     # The normalisation is the file's: among its settings, or among its weights, as in some files of others.
     for source, *names in ((saved, "mean", "std"), (state, "mean", "std"), (state, "mu", "sigma")):
         if set(names) <= source.keys() - expected.keys() and hasattr(model, "set_normalisation"):
-            mean, std = [torch.as_tensor(source[name]).flatten() for name in names]
-            if not len(mean) == len(std) == 3 or not (mean.isfinite() & std.isfinite() & (std > 0)).all():
+            try:
+                mean, std = [torch.as_tensor(source[name]).flatten() for name in names]
+                fit = len(mean) == len(std) == 3 and (mean.isfinite() & std.isfinite() & (std > 0)).all()
+            except Exception:  # these can be anything
+                fit = False
+            if not fit:
                 raise InputError(f"{path}: expected three numbers each as {names[0]} and {names[1]}")
             model.set_normalisation(mean.tolist(), std.tolist())
             state = {name: value for name, value in state.items() if name not in names}
@@ -344,13 +350,20 @@ def run_attack(stage, attacker, images, labels, entered, folder, batch_size, fla
     # themselves has no time limit, unlike a barrier: one batch may take hours on a CPU.
     while not all(path.exists() for path, _ in batches):
         time.sleep(1)
-    return [read_batch(path, index) for path, index in batches]
+    return [read_batch(path, index, images.shape[1:]) for path, index in batches]
 
 
-def read_batch(path, index):
-    """A stored batch: dict of arrays. Raises VerificationError if damaged or of other images than `index`."""
+def read_batch(path, index, size):
+    """A stored batch: dict of arrays, see `run_attack`. size: C, H, W of an image. Raises VerificationError
+    if damaged or of other images than `index`."""
     try:
         batch = dict(np.load(path))
+        n, moved = len(batch["index"]), 0 if path.name.startswith("clean_") else batch["broken"].sum()
+        expected = {"index": (np.int64, (n,)), "predicted": (np.int64, (n,)), "broken": (bool, (n,)),
+                    "changed": (bool, (n,)), "adversarial": (np.float32, (moved, *size)),
+                    "seconds": (np.float64, ()), "flags": (batch["flags"].dtype, (batch["flags"].size,))}
+        if {name: (array.dtype, array.shape) for name, array in batch.items()} != expected:
+            raise ValueError("it has other arrays")
     except Exception as error:  # a damaged zip file can fail in any way
         raise VerificationError(f"{path}: damaged ({type(error).__name__}); delete it to repeat it") from None
     if not np.array_equal(batch["index"], index):
@@ -522,8 +535,8 @@ def prepare_folder(folder, settings):
     path = folder / "settings.json"
     if path.exists():
         try:
-            there = json.loads(path.read_text())
-        except ValueError:
+            there = dict(json.loads(path.read_text()))
+        except (ValueError, TypeError):
             raise InputError(f"{path}: damaged, expected JSON; choose another --out") from None
         for name, value in settings.items():
             if there.get(name) != value:

@@ -316,7 +316,8 @@ def build_model(arch, num_classes, dataset="cifar10"):
     normalise a WideResNet's input, while a ViT takes images as they are. eval_autoattack.py imports this
     function, from this file or from your copy (`--script`). Raises InputError for an unknown arch.
     """
-    wrn, normalisation = re.fullmatch(r"wrn-([1-9]\d+)-([1-9]\d*)", arch), DATASETS[dataset]
+    # A damaged checkpoint may state any size. The largest one that is taken here has 3.5 GB.
+    wrn, normalisation = re.fullmatch(r"wrn-([1-9]\d|1[0-4]\d)-([1-9]|1\d|20)", arch), DATASETS[dataset]
     if arch in VITS:
         model, normalisation = build_vit(*VITS[arch], num_classes), DATASETS["npz"]
     elif wrn and int(wrn[1]) % 6 == 4:
@@ -898,14 +899,17 @@ def resume(out, about, run):
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         there = dict(saved["recipe"])
+        for name, value in about["recipe"].items():
+            if there.get(name) != value:
+                raise InputError(f"{path}: is of a run with {name} {there.get(name)}, not {value}; change "
+                                 "--out")
+        for name, part in PARTS.items():
+            getattr(run, part).load_state_dict(saved[name])
+        vars(run).update({name: saved[name] for name in VALUES})
+    except InputError:
+        raise
     except Exception as error:
         raise InputError(f"{path}: damaged, or no last.pt of this script ({type(error).__name__})") from None
-    for name, value in about["recipe"].items():
-        if there.get(name) != value:
-            raise InputError(f"{path}: is of a run with {name} {there.get(name)}, not {value}; change --out")
-    for name, part in PARTS.items():
-        getattr(run, part).load_state_dict(saved[name])
-    vars(run).update({name: saved[name] for name in VALUES})
 
 
 def reduce_recent(run, names, world):

@@ -717,7 +717,7 @@ def cache_targets(args, data, teacher):
         targets = np.lib.format.open_memmap(path, "r+")
         if (targets.dtype, targets.shape) != (np.float16, shape):
             raise ValueError(f"this is {targets.dtype} {targets.shape}")
-    except ValueError as error:
+    except Exception as error:  # a damaged file can fail in any way
         raise InputError(f"{path}: expected float16 {shape}: {error}; remove it to start anew") from None
     # A kill can leave a row half written, so both ends of both views are looked at.
     missing = np.flatnonzero((targets[:, :, [0, -1]] == 0).any(axis=(1, 2)))[data.share]
@@ -822,14 +822,17 @@ def resume(out, about, run):
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         there = dict(saved["recipe"])
+        for name, value in about["recipe"].items():
+            if there.get(name) != value:
+                raise InputError(f"{path}: is of a run with {name} {there.get(name)}, not {value}; change "
+                                 "--out")
+        for name, part in PARTS.items():
+            getattr(run, part).load_state_dict(saved[name])
+        vars(run).update({name: saved[name] for name in VALUES})
+    except InputError:
+        raise
     except Exception as error:
         raise InputError(f"{path}: damaged, or no last.pt of this script ({type(error).__name__})") from None
-    for name, value in about["recipe"].items():
-        if there.get(name) != value:
-            raise InputError(f"{path}: is of a run with {name} {there.get(name)}, not {value}; change --out")
-    for name, part in PARTS.items():
-        getattr(run, part).load_state_dict(saved[name])
-    vars(run).update({name: saved[name] for name in VALUES})
 
 
 def reduce_recent(run, names, world):

@@ -37,6 +37,7 @@ rows. The same command again continues. clean_right and attacked_right are n cle
 """
 import argparse
 import codecs
+import contextlib
 import csv
 import sys
 from pathlib import Path
@@ -171,6 +172,28 @@ def summarise(right):
 # The table and its figure.
 
 
+@contextlib.contextmanager
+def reading(path):
+    """Turn any error of the body, which works on what a table holds, into an InputError of one line."""
+    try:
+        yield
+    except (InputError, OSError):
+        raise
+    except Exception as error:  # a damaged table can fail in any way
+        raise InputError(f"{path}: damaged, or no table of this script: {ascii(error)[:200]}") from error
+
+
+def read_rows(path, *columns):
+    """Rows of a CSV so far, as dicts of strings; none without a file. Raises InputError where a row is longer
+    or shorter than the first line, as after a kill, or where that lacks one of `columns`, and OSError."""
+    with reading(path):
+        rows = list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
+        for number, row in enumerate(rows, 1):
+            if None in row or None in row.values() or not set(columns) <= row.keys():
+                raise ValueError(f"row {number} has other columns")
+    return rows
+
+
 def write_rows(path, rows):
     """Write all rows anew, under another name first: a kill leaves the old file or the new one."""
     table = [rows[0], *(row.values() for row in rows)]
@@ -225,7 +248,7 @@ def main(argv=None):
         args.eps = BENCHMARKS[info.dataset].eps if args.eps is None else args.eps
         names = ("script", "weights", "data_dir", "image_list", "n", "eps", "steps", "keep_mean")
         settings = {name: last_part(getattr(args, name)) for name in names} | {"dataset": info.dataset}
-        rows = list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
+        rows = read_rows(path, "method", "checkpoint", "seed", "step")
         for name, value in settings.items():  # these are the same in all rows
             if rows and rows[0].get(name) != value:
                 raise InputError(f"{path}: has {name} {rows[0].get(name)}, not {value}; choose another --out")
@@ -240,7 +263,8 @@ def main(argv=None):
                 right = right_by_rank(model.head, features, test[1].to(args.device), args.keep_mean)
                 rows.append(key | about | settings | summarise(right))
                 write_rows(path, rows)
-        show(path.with_suffix(".png"), rows)
+        with reading(path):
+            show(path.with_suffix(".png"), rows)
 
 
 if __name__ == "__main__":

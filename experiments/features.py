@@ -61,6 +61,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project's root, for the imports below
+from dimensions import read_rows, reading
 from edm_encoder import load_edm_encoder
 from eval_autoattack import BENCHMARKS, InputError, load_classifier, load_images
 from train_cifar import DEVICE, count, fraction, generator, last_part, lock, pgd, positive, whole
@@ -244,7 +245,7 @@ def main(argv=None):
     path = Path(args.out, "features.csv")
     path.parent.mkdir(parents=True, exist_ok=True)
     with lock(path.parent):
-        rows = list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
+        rows = read_rows(path, "method", "checkpoint", "seed", "n")
         for name in [name for row in rows for name in settings if row.get(name) != settings[name]]:
             raise InputError(f"{path}: has {name} {rows[0].get(name)}, not {settings[name]}; change --out")
         rows = [row for row in rows if row.items() >= about.get(row["checkpoint"], {}).items()]
@@ -257,7 +258,8 @@ def main(argv=None):
             with open(path, "a", newline="") as table:
                 csv.writer(table).writerows([rows[-1]] * (table.tell() == 0) + [rows[-1].values()])
             print(*(f"{name} {value}" for name, value in rows[-1].items() if name not in settings))
-        draw_figure(path.with_suffix(".png"), rows)
+        with reading(path):
+            draw_figure(path.with_suffix(".png"), rows)
 
 
 if __name__ == "__main__":

@@ -56,6 +56,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project's root, for the imports below
+import dimensions
 from eval_autoattack import BENCHMARKS, InputError, load_classifier, load_images
 from train_cifar import DEVICE, count, fraction, generator, last_part, lock, pgd, whole, write_atomically
 
@@ -176,7 +177,7 @@ def summarise(found, first):
 def read_rows(path, settings):
     """Rows of the CSV so far, as dicts of strings. Raises InputError where they have other settings: a figure
     of both would compare what cannot be compared."""
-    rows = list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
+    rows = dimensions.read_rows(path, "method", "network", "signal", "ring")
     for name, value in settings.items():
         for row in rows:
             if row.get(name) != value:
@@ -247,11 +248,13 @@ def main(argv=None):
             found = measure(networks[name][1].to(args.device), data, args.eps, args.steps, name)
             if name == first:
                 write_atomically(path.with_suffix(".npy"), lambda file: np.save(file, found))
-            rows += [settings | {"method": networks[name][0], "network": name} | row
-                     for row in summarise(found, np.load(path.with_suffix(".npy")))]
+            with dimensions.reading(path.with_suffix(".npy")):
+                summary = summarise(found, np.load(path.with_suffix(".npy")))
+            rows += [settings | {"method": networks[name][0], "network": name} | row for row in summary]
             write_rows(path, rows)
         write_rows(path, rows)
-        draw_figure(path.with_suffix(".png"), rows)
+        with dimensions.reading(path):
+            draw_figure(path.with_suffix(".png"), rows)
     print(f"{path} and {path.with_suffix('.png')} hold {len(rows)} rows")
 
 

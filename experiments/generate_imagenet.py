@@ -393,7 +393,10 @@ def check_settings(out, args, rank):
         write_atomically(path, lambda file: file.write(json.dumps(settings, indent=1).encode()))
     while not path.exists():  # the other processes wait for the first one
         time.sleep(0.1)
-    there = json.loads(path.read_text())
+    try:
+        there = dict(json.loads(path.read_text()))
+    except (ValueError, TypeError):
+        raise InputError(f"{path}: damaged, expected JSON; choose another --out") from None
     for name, value in settings.items():
         if there.get(name) != value:
             raise InputError(f"{out}: holds images drawn with {name} {there.get(name)}, not {value}; choose "

@@ -47,7 +47,7 @@ matplotlib.use("Agg")  # figures go to files; no screen is needed
 from matplotlib import pyplot as plt
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project's root, for the imports below
-from dit_encoder import InputError, load_dit_encoder
+from dit_encoder import InputError, load_dit_encoder, reading
 from train_imagenet import DEVICE, count, generator, last_part, lock, number, whole, write_atomically
 
 LARGEST = 10  # so many channels are listed, and count for `share` (chosen)
@@ -150,8 +150,10 @@ def read_rows(path, settings):
     files, images or n: a figure of both would compare what cannot be compared."""
     if not path.exists():
         return []
-    with open(path, newline="") as file:
-        rows = list(csv.DictReader(file))
+    with reading(path):
+        rows = list(csv.DictReader(path.read_text().splitlines()))
+        if any(None in row or None in row.values() for row in rows):
+            raise InputError("a row is longer or shorter than the first line")
     for name, value in settings.items():
         for row in rows:  # an older CSV may lack a column
             if row.get(name) != value:
@@ -213,7 +215,8 @@ def main(argv=None):
                 print("channel {channel:>4}: {ratio} times the median channel ({ratio_low} to {ratio_high}), "
                       "share {share}".format(**row))
         # From the CSV's rows, those of earlier runs with other layers, times or seeds as well.
-        draw_figure(path.with_suffix(".png"), rows)
+        with reading(path):
+            draw_figure(path.with_suffix(".png"), rows)
     print(f"{path} and {path.with_suffix('.png')} hold {len(rows)} rows")
 
 

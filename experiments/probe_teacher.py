@@ -61,6 +61,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project's root, for the imports below
+from dimensions import read_rows, reading
 from edm_encoder import load_edm_encoder
 from eval_autoattack import InputError, load_classifier, load_images
 from train_cifar import DATASETS, DEVICE, count, fraction, generator, last_part, lock, pgd, positive, whole
@@ -222,7 +223,7 @@ def main(argv=None):
     settings |= {"dataset": info.dataset, "n_fit": str(N_TRAIN), "decay": str(DECAY), "pgd": "uniform, eps/4"}
     path.parent.mkdir(parents=True, exist_ok=True)
     with lock(path.parent):
-        rows = list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
+        rows = read_rows(path, *KEY, "accuracy")
         for name, row in itertools.product(settings, rows):
             if row.get(name) != settings[name]:
                 raise InputError(f"{path}: has {name} {row.get(name)}, not {settings[name]}; change --out")
@@ -233,7 +234,9 @@ def main(argv=None):
                 _, features, right = fit_probe(layer, sigma, *train, args)
                 add_row(path, rows, key, settings, right, shared_direction(features))
         cells = [row for key, row in rows.items() if key[:3] == (args.teacher, seed, "held-out")]
-        best = max(cells, key=lambda row: float(row["accuracy"]))
+        with reading(path):
+            best = max(cells, key=lambda row: float(row["accuracy"]))
+            best_sigma = float(best["method"].removeprefix("sigma "))
         for noise, noises in (("fixed", 0), ("fresh, plain", 1), (f"fresh, mean of {args.eot}", args.eot)):
             jobs.append((f"{best['layer']}, {best['method']}, {noise}", args.teacher, noises))
         for (method, file, noises), eps in tqdm(list(itertools.product(jobs, args.eps))):
@@ -241,11 +244,12 @@ def main(argv=None):
             if key in rows:
                 continue
             if file not in networks:
-                networks[file] = fit_probe(best["layer"], float(best["method"].split()[1]), *train, args)[0]
+                networks[file] = fit_probe(best["layer"], best_sigma, *train, args)[0]
             right = [attack(networks[file], x, y, eps, args.steps, noises, generator(args.seed, i, "attack"))
                      for i, (x, y) in enumerate(test)]
             add_row(path, rows, key, settings, torch.cat(right))
-        draw_figure(path.with_suffix(".png"), rows)
+        with reading(path):
+            draw_figure(path.with_suffix(".png"), rows)
 
 
 if __name__ == "__main__":

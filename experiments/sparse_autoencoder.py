@@ -53,6 +53,7 @@ from torchvision.datasets import ImageFolder
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project's root, for the imports below
+from dimensions import read_rows, reading
 from eval_autoattack import InputError, load_classifier, load_images, read_imagenet
 from train_cifar import DEVICE, count, generator, last_part, lock, whole, write_atomically
 
@@ -224,7 +225,7 @@ def main(argv=None):
     path = Path(args.out, "sparse_autoencoder.csv")
     path.parent.mkdir(parents=True, exist_ok=True)
     with lock(path.parent):
-        rows = list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
+        rows = read_rows(path, "method", "checkpoint", "seed", "k", "step")
         # These are the same in all rows. The first that differs from now is named.
         for name in [name for name in settings if rows and rows[0].get(name) != settings[name]]:
             raise InputError(f"{path}: has {name} {rows[0].get(name)}, not {settings[name]}; use a new --out")
@@ -239,7 +240,8 @@ def main(argv=None):
                 table = [rows[0], *(row.values() for row in rows)]
                 # Under another name first: a kill leaves the old file or the new one.
                 write_atomically(path, lambda f: csv.writer(codecs.getwriter("utf-8")(f)).writerows(table))
-        show(path.with_suffix(".png"), rows)
+        with reading(path):
+            show(path.with_suffix(".png"), rows)
 
 
 if __name__ == "__main__":

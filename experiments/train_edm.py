@@ -356,14 +356,15 @@ def resume(path, recipe, run):
         return
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        there = dict(saved["args"])
+        compare(path, dict(saved["args"]), recipe)
+        run.model.model.load_state_dict(saved["unaveraged_model_state_dict"])
+        run.averaged.model.load_state_dict(saved["model_state_dict"])
+        run.optimizer.load_state_dict(saved["optimizer"])
+        run.step, run.log, run.recent = saved["step"], saved["log"], saved["recent"]
+    except InputError:
+        raise
     except Exception as error:
         raise InputError(f"{path}: damaged, or no edm.pt of this script ({type(error).__name__})") from None
-    compare(path, there, recipe)
-    run.model.model.load_state_dict(saved["unaveraged_model_state_dict"])
-    run.averaged.model.load_state_dict(saved["model_state_dict"])
-    run.optimizer.load_state_dict(saved["optimizer"])
-    run.step, run.log, run.recent = saved["step"], saved["log"], saved["recent"]
 
 
 def save_picture(denoiser, path, seed, device):
@@ -455,7 +456,11 @@ def draw_images(args, rank=0, world=1):
         if rank == 0 and not noted.exists():
             write_atomically(noted, lambda file: file.write(json.dumps(settings).encode()))
         barrier()
-        compare(folder, json.loads(noted.read_text()), settings)
+        try:
+            there = dict(json.loads(noted.read_text()))
+        except (ValueError, TypeError):
+            raise InputError(f"{noted}: damaged; delete {folder} to start anew") from None
+        compare(folder, there, settings)
         denoiser.amp = args.amp
         if args.device == "cuda" and not args.no_compile:
             denoiser.model.compile(dynamic=False)
@@ -484,7 +489,7 @@ def read_part(path):
     """A batch of synthetic images, uint8 [--batch-size, 32, 32, 3]. Raises InputError where it is damaged."""
     try:
         return np.load(path)
-    except (ValueError, EOFError):
+    except Exception:  # a damaged file can fail in any way
         raise InputError(f"{path}: damaged; delete it, and the same command draws it again") from None
 
 
