@@ -55,7 +55,7 @@ RUNS = ("os.system", "os.exec", "os.posix_spawn", "os.fork", "subprocess.Popen",
         "pickle.find_class")  # the last one: by Python's own loader, which none of the scripts uses
 CALL = b"cos\nsystem\n(S'true'\ntR0"  # in a pickle: call os.system("true"), and forget the result
 TOKENS = [b"", b"nan", b"-1", b"0", b"1e999", b",", b"\n", b'"', b"\0", b"\xff", b"9" * 30, b"x" * 20_000,
-          b"[]"]  # over a name of 200,000 letters in a .pt torch.load itself (2.x) takes minutes, then refuses
+          b"[]"]  # no longer: over a name of 200,000 letters torch.load takes minutes to refuse
 
 
 def mutate(content, rng):
