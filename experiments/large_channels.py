@@ -152,8 +152,10 @@ def read_rows(path, settings):
         return []
     with reading(path):
         rows = list(csv.DictReader(path.read_text().splitlines()))
-        if any(None in row or None in row.values() for row in rows):
-            raise InputError("a row is longer or shorter than the first line")
+        columns = {"layer", "t", "seed", "channel"}
+        columns |= {name + end for name in ("rms", "ratio", "share") for end in ("", "_low", "_high")}
+        if any(None in row or None in row.values() or not columns <= row.keys() for row in rows):
+            raise InputError("a row is longer or shorter than the first line, or a column is missing")
     for name, value in settings.items():
         for row in rows:  # an older CSV may lack a column
             if row.get(name) != value:
