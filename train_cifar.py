@@ -316,8 +316,7 @@ def build_model(arch, num_classes, dataset="cifar10"):
     normalise a WideResNet's input, while a ViT takes images as they are. eval_autoattack.py imports this
     function, from this file or from your copy (`--script`). Raises InputError for an unknown arch.
     """
-    # A damaged checkpoint may state any size. The largest one that is taken here has 3.5 GB.
-    wrn, normalisation = re.fullmatch(r"wrn-([1-9]\d|1[0-4]\d)-([1-9]|1\d|20)", arch), DATASETS[dataset]
+    wrn, normalisation = re.fullmatch(r"wrn-([1-9]\d+)-([1-9]\d*)", arch), DATASETS[dataset]
     if arch in VITS:
         model, normalisation = build_vit(*VITS[arch], num_classes), DATASETS["npz"]
     elif wrn and int(wrn[1]) % 6 == 4:

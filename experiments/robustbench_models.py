@@ -172,7 +172,7 @@ class ResNet18(Classifier):
 
 def build_model(arch, num_classes, dataset="cifar10"):
     """A classifier for images [B, 3, 32, 32] in [0, 1], see above. Raises ValueError for another arch."""
-    wrn, normalisation = re.fullmatch(r"wrn-(\d\d|1[0-4]\d)-(\d|1\d|20)(-sub)?", arch), NORMALISATION
+    wrn, normalisation = re.fullmatch(r"wrn-(\d+)-(\d+)(-sub)?", arch), NORMALISATION
     if wrn and int(wrn[1]) >= 10 and int(wrn[1]) % 6 == 4 and int(wrn[2]) > 1:
         model = WideResNet(int(wrn[1]), int(wrn[2]), num_classes, unused_copy=bool(wrn[3]))
     elif arch == "preact-resnet-18":
