@@ -489,6 +489,8 @@ def read_part(path):
     """A batch of synthetic images, uint8 [--batch-size, 32, 32, 3]. Raises InputError where it is damaged."""
     try:
         return np.load(path)
+    except FileNotFoundError:
+        raise
     except Exception:  # a damaged file can fail in any way
         raise InputError(f"{path}: damaged; delete it, and the same command draws it again") from None
 

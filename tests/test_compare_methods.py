@@ -85,11 +85,11 @@ def test_a_centred_teacher_has_features_of_mean_0_and_else_the_same_ones():
     args = train_cifar.parse_args(FLAGS)
     teacher = train_cifar.load_teacher(args)
     centred = script.Centred(teacher, args)
-    images, labels = [torch.as_tensor(x) for x in train_cifar.load_real(args, "train")]
+    images, labels = [torch.as_tensor(x[:256]) for x in train_cifar.load_real(args, "train")]
     images, noise = images.permute(0, 3, 1, 2).float() / 255, torch.randn(len(images), 3, 32, 32)
     with torch.no_grad():
         raw, found = [g(images, labels, 0.06, noise) for g in (teacher, centred)]
-    assert found.mean(dim=0).norm() < 0.02 * raw.mean(dim=0).norm()
+    assert found.mean(dim=0).norm() < 0.05 * raw.mean(dim=0).norm()
     assert (raw - found - centred.mean).abs().max() < 1e-5 and centred.width == found.shape[1]
 
 

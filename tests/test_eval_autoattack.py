@@ -608,6 +608,7 @@ if not torch.cuda.is_available():
     MISTAKES.append((f"{TENTH} --device cuda", "--device cuda: there is no CUDA device here"))
 
 
+@pytest.mark.slow
 def test_a_mistake_on_the_command_line_gives_one_line_and_writes_nothing(wrong, tmp_path):
     before, fixtures = contents(wrong), contents(FIXTURES)
     for command, named in MISTAKES:

@@ -15,6 +15,7 @@ import fuzz_files
 FAST = ("EDM's .pkl", "images in .npz", "image folders", "cached targets", "finished attacks", "drawn images")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", fuzz_files.KINDS)
 def test_a_damaged_file_is_read_or_refused_with_one_line(kind):
     counts, faults = fuzz_files.fuzz(kind, range(53 if kind in FAST else 12))

@@ -191,6 +191,7 @@ def test_classifiers_are_attacked_beside_it_and_a_group_has_mean_and_spread(whol
     assert Image.open(whole / "probe_teacher.png").width > 1500
 
 
+@pytest.mark.slow
 def test_a_stopped_run_continues_and_a_finished_one_is_only_drawn(whole, flags, tmp_path, monkeypatch):
     flags = [*flags, "--out", str(tmp_path)]
     for name, allowed, rows in (("fit_probe", 5, 5), ("attack", 3, 14)):

@@ -274,6 +274,7 @@ def test_the_clock_decides_when_to_save(folder, tmp_path, monkeypatch):
     assert saved[2:] == [0, 1, 2, 3]
 
 
+@pytest.mark.slow
 def test_a_finished_run_stays_as_it_is_and_can_be_made_longer(finished, folder, tmp_path):
     before = (finished / "edm.pt").read_bytes()
     main([*TWELVE_STEPS, "--data-dir", str(folder), "--out", str(finished)])

@@ -451,6 +451,7 @@ def test_every_kind_of_image_file_becomes_rgb(tmp_path):
     assert [folder.read(i, to_pixels).shape for i in range(len(folder))] == [(3, 7, 9)] * 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("broken", [0, 5])
 def test_a_damaged_image_is_named_in_one_line_from_a_worker_too(tmp_path, workers, broken):
@@ -754,6 +755,7 @@ def test_what_is_not_finite_stops_the_run_with_its_step_and_is_never_saved(
     assert compare(finished, tmp_path) == []
 
 
+@pytest.mark.slow
 def test_a_finished_run_changes_nothing_when_started_again(finished, folder, tmp_path, monkeypatch):
     """Its checkpoints are written once more, with the same content."""
     shutil.copytree(finished, tmp_path / "again")
