@@ -1,18 +1,35 @@
-"""What train_cifar.py promises, in the order of the tests below:
+"""What train_cifar.py promises, in the order of the numbered sections below.
 
-    the step       the attack stays within eps and raises KL; losses are those of the paper; a whole step is
-                   DM-AT's, number by number, with the alignment added; the teacher is only asked
-    networks       DM-AT's WideResNet and Wu et al.'s ViT, by names, initial weights and logits
-    the recipe     optimizer, rate, momentum, weight decay and averaging of both families, as observed
-    data           a batch is a function of (seed, step); held-out images are never trained on; synthetic ones
-                   stay on disk
-    what is kept   best.pt is the best average on held-out images; files hold plain data; the log is complete
-    a run          killed at any moment, it continues to the same bits
-    refusals       another recipe or a second run in a folder; a number that is not finite; nothing is lost
-    processes      torchrun on two gives what one gives
-    full size      shapes, precisions and no waiting for the device, on the paper's networks; compilation
-    your own       a teacher and a network that are handed to `main`
-    mistakes       one line that names the flag or file, exit code 2; no file gets to run code
+ 1. The step      The attack stays within eps and in [0, 1], and raises the KL divergence. The losses are
+                  those of TRADES and of eq. (3) and (4). Without alignment a step is DM-AT's, number by
+                  number. The teacher gets the clean image and no gradient, and does not change.
+ 2. Networks      WideResNets are DM-AT's and ViTs Wu et al.'s, by names, initial weights and logits.
+ 3. The recipe    Defaults are the paper's, and flags beat them. Optimizer, learning rate, momentum, weight
+                  decay and averaging are those of a recipe written by hand, in each step of a run.
+ 4. Data          A batch depends on the seed and the number of the step alone. Held-out images are never
+                  trained on, and no test image is read. Synthetic images stay on disk.
+ 5. What is kept  best.pt is the average that was best on held-out images. Checkpoints are plain data, under
+                  the names that DM-AT's code and RobustBench look for. log.csv has a row for each epoch, each
+                  evaluation and every 50 steps.
+ 6. A killed run  continues to the same bits and the same log. A checkpoint on disk is always whole.
+ 7. Refusals      Another recipe, a second run in the folder, a damaged checkpoint, and numbers that are not
+                  finite are errors, and what was saved before stays as it was.
+ 8. Processes     Two share the batches of one, have identical weights, and evaluate as one. Where BatchNorm
+                  does not tell them apart, their gradient is that of one.
+ 9. Full size     The paper's networks have the right shapes and precisions, and a step never waits for the
+                  device. Compiled steps agree with plain ones.
+10. Your own      `main` takes a teacher and a network of your own.
+11. Mistakes      One line names the flag or file, the exit code is 2, and nothing is written. No file gets to
+                  run code.
+
+Words: the teacher is the frozen diffusion model (EDM); alignment, or DRA, is the loss that draws the
+classifier's features to the teacher's. DM-AT (Wang et al. 2023b in the paper, arXiv 2302.04638) brought
+synthetic images, and the recipe for WideResNets; fixtures/ has numbers from its own code. Wu et al. (2025)
+brought the recipe for ViTs. The average is that of the weights over the steps of a run, and it is what is
+judged.
+
+All this runs on a CPU, on tiny networks (wrn-10-1, vit-tiny-2) except in section 9. It says nothing of how
+accurate a long run gets, nor of a GPU. `-m "not slow"` leaves out what takes long.
 """
 import copy
 import itertools
@@ -99,7 +116,7 @@ def one_step(model, images, args, projectors=nn.ModuleList(), teacher=None, **ba
 
 
 # -----------------------------------------------------------------------------------------------------------
-# The step: attack (eq. 2), losses (eq. 3 and TRADES), and all of it together (eq. 4).
+# 1. The step: attack (eq. 2), losses (eq. 3 and TRADES), and all of it together (eq. 4).
 
 
 def test_attack_stays_within_eps_and_the_pixel_range_and_raises_the_divergence(model, images):
@@ -118,7 +135,8 @@ def test_attack_follows_the_sign_of_the_gradient_to_the_corner_of_the_ball():
     torch.testing.assert_close(adv, torch.tensor([[[[0.6, 1.0, 0.0]]]]))
 
 
-def test_attack_uses_batch_statistics_leaves_no_trace_and_computes_no_weights_gradient(model, images):
+def test_attack_uses_batch_statistics_leaves_the_model_unchanged_and_computes_no_weights_gradient(model,
+                                                                                                  images):
     """Seen from inside the attack, every weight is frozen, for autograd and for a compiled graph."""
     set_batchnorm(model, momentum=1.0)
     before, start, trained = copy.deepcopy(model.state_dict()), start_near(images), []
@@ -204,6 +222,7 @@ def start_of(step):
 
 
 def test_attack_logits_loss_and_gradient_are_dmats(upstream):
+    """Of the first step of DM-AT's own code, from the same weights, images and noise."""
     step, model = part(upstream, "step0/"), initial_model(upstream)
     adv = trades_attack(model, step["image"], start_of(step), EPS, STEP_SIZE, 10)
     assert (adv != step["adversarial"]).float().mean() < 0.01, "signs of gradients near zero may differ"
@@ -238,6 +257,7 @@ def test_two_whole_steps_end_at_dmats_weights(upstream):
 
 
 def test_step_with_alignment_trains_model_and_projectors_but_not_the_teacher(model, images):
+    """Eight steps with two projectors, one for each noise level that the teacher sees. The cosine rises."""
     teacher = EDMEncoder("dec.16x16_in1", img_resolution=32, label_dim=10, model_channels=8,
                          channel_mult=[1, 2], num_blocks=1)
     projectors = nn.ModuleList(build_projector(64, teacher.width) for _ in range(2))
@@ -312,7 +332,7 @@ def test_accuracies_of_a_step_are_in_percent(model, images):
 
 
 @pytest.mark.parametrize("arch", ["vit-tiny-2", "wrn-10-1"])
-def test_a_batch_in_pieces_has_the_gradient_of_the_whole_one(images, arch):
+def test_a_batch_in_pieces_has_the_gradient_of_the_whole_one_but_for_batchnorm(images, arch):
     """A ViT's up to rounding. A WideResNet normalises each piece by itself: its gradient is the mean of two
     steps, one for the images with even and one for those with odd numbers. Without attack steps, whose signs
     would amplify the rounding."""
@@ -343,10 +363,11 @@ def test_a_batch_in_pieces_has_the_gradient_of_the_whole_one(images, arch):
 
 
 # -----------------------------------------------------------------------------------------------------------
-# Networks. Their checkpoints exchange with DM-AT's and RobustBench's.
+# 2. Networks: DM-AT's WideResNets and Wu et al.'s ViTs. Weights exchange with DM-AT and RobustBench.
 
 
-def test_dmats_checkpoint_gives_its_logits():
+def test_dmats_checkpoint_loads_and_gives_dmats_logits():
+    """Both from DM-AT's own code, see fixtures/README.md."""
     model = build_model("wrn-10-1", 10)
     saved = load(DMAT)["model_state_dict"]
     model.load_state_dict({name.removeprefix("module.0."): value for name, value in saved.items()},
@@ -421,7 +442,7 @@ def test_vits_are_those_of_wu_et_al():
 
 
 @pytest.mark.parametrize("arch", ["wrn-10-1", "vit-tiny-2"])
-def test_networks_are_features_and_head_and_their_keys_are_those_of_others(arch, images):
+def test_logits_are_the_head_of_the_features_and_weights_have_names_that_robustbench_keeps(arch, images):
     """RobustBench cuts "module." and "model." out of keys, wherever they stand."""
     network = build_model(arch, 100, "cifar100").eval()
     features = network.features(images)
@@ -438,7 +459,7 @@ def test_an_unknown_arch_is_named(arch):
 
 
 # -----------------------------------------------------------------------------------------------------------
-# The recipe: DM-AT's for WideResNets, that of Wu et al. for ViTs.
+# 3. The recipe: defaults, and what a run makes of them. DM-AT's for WideResNets, Wu et al.'s for ViTs.
 
 
 def test_defaults_are_the_papers_wrn_34_10_row():
@@ -460,6 +481,17 @@ def test_a_vit_has_the_recipe_of_wu_et_al_and_every_flag_beats_it():
     assert (args.beta, args.label_smoothing, args.synthetic_fraction, args.border) == (3, 0.4, 0.8, 128)
     own = arguments(*"--arch vit-b-2 --lr 1e-3 --beta 6 --border 0 --max-norm 0 --ema-decay 0.9".split())
     assert (own.lr, own.beta, own.border, own.max_norm, own.ema_decay) == (1e-3, 6, 0, 0, 0.9)
+
+
+def test_eps_is_a_fraction_or_a_number():
+    assert parse_args(["--eps", "8/255"]).eps == parse_args(["--eps", str(8 / 255)]).eps == 8 / 255
+
+
+def test_flags_beat_the_smoke_runs_settings():
+    smoke = parse_args(["--smoke"])
+    assert (smoke.arch, smoke.epochs, smoke.teacher, smoke.device) == ("wrn-10-1", 4, None, "cpu")
+    own = parse_args(["--arch", "wrn-16-2", "--smoke", "--epochs", "7", "--teacher", "x.pkl"])
+    assert (own.arch, own.epochs, own.teacher, own.batch_size) == ("wrn-16-2", 7, "x.pkl", 64)
 
 
 def one_cycle(epoch, epochs, peak):
@@ -495,8 +527,8 @@ def rise_and_fall(steps, rise):
 
 
 @pytest.mark.parametrize("steps, rise", [(300, 10), (40, 4), (5, 1), (2, 1), (1, 1)])
-def test_a_vits_rate_rises_in_five_epochs_at_most_a_tenth_and_falls_to_a_tenth(steps, rise):
-    """In every step; an epoch has two steps here."""
+def test_a_vits_rate_rises_for_five_epochs_or_a_tenth_of_the_run_and_then_falls_to_a_tenth(steps, rise):
+    """By step, not by epoch. An epoch has two steps here, so five have ten."""
     args = arguments("--arch", "vit-tiny-2")
     optimizer = build_optimizer(args, nn.Linear(1, 1))
     scheduler, seen = build_scheduler(args, optimizer, steps, 2), []
@@ -514,6 +546,7 @@ def test_averaging_follows_the_model_through_the_warm_up_and_then_slows_down():
 
 
 def test_average_shares_no_storage_with_the_live_model(model):
+    """Or training the model would change its average."""
     averaged = copy.deepcopy(model).requires_grad_(False)
     for _ in range(2):
         update_average(averaged, model, 0.9)
@@ -601,7 +634,7 @@ def update_by_hand(arch, step, weights, gradients, memory):
 
 
 @pytest.mark.parametrize("arch", BY_HAND)
-def test_a_run_beside_the_recipe_written_by_hand_has_the_same_weights(arch, tmp_path, monkeypatch):
+def test_a_run_has_the_weights_of_the_recipe_written_by_hand_in_every_step(arch, tmp_path, monkeypatch):
     """60 epochs of two steps with `main`, and beside it the same in plain torch: attack, loss, optimizer,
     rate and momentum, decay, clipping, BatchNorm's momentum (1, then 0.01), and the average, a WRN's from
     step 3 on (2.5 %)."""
@@ -638,7 +671,7 @@ def test_a_run_beside_the_recipe_written_by_hand_has_the_same_weights(arch, tmp_
 
 
 # -----------------------------------------------------------------------------------------------------------
-# Data: from files to batches.
+# 4. Data: from files to batches. First the files, then what is drawn from them.
 
 
 @pytest.fixture
@@ -669,9 +702,9 @@ LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks Li
 
 
 @LINUX
-def test_single_images_are_read_without_reading_ahead(tmp_path):
-    """MADV_RANDOM, which the kernel shows as the flag rr of the mapping. Reading ahead takes 200 times
-    longer."""
+def test_the_kernel_is_told_not_to_read_ahead_in_a_file(tmp_path):
+    """Since batches pick single images: reading ahead takes 200 times longer. MADV_RANDOM, which the kernel
+    shows as the flag rr of the mapping."""
     path = write_npz(tmp_path / "x.npz", 50)
     images, _ = open_npz(path, 10)
     mappings = Path("/proc/self/smaps").read_text().split("VmFlags:")
@@ -799,7 +832,7 @@ def test_an_error_of_the_reading_thread_reaches_the_run(folder, monkeypatch):
         data.batch(0)
 
 
-def test_ranges_and_shapes_of_a_batch(folder):
+def test_a_batch_has_the_shapes_and_ranges_of_images_and_starts_within_eps(folder):
     batch = make_data(folder, "--extra-sigma", "--eps", "4/255").batch(0)
     assert batch.images.shape == batch.start.shape == (20, 3, 32, 32) and batch.images.dtype == torch.float32
     assert batch.images.min() == 0 and batch.images.max() == 1
@@ -816,10 +849,12 @@ def test_ranges_and_shapes_of_a_batch(folder):
 @pytest.mark.parametrize("flags, levels", [([], 1), (["--extra-sigma"], 2), (["--dra-weight", "0"], 0),
                                            (["--dra-weight", "0", "--extra-sigma"], 0)])
 def test_teacher_gets_a_noise_for_each_of_its_targets(folder, flags, levels):
+    """One at the fixed noise level, one more at a drawn level with --extra-sigma, none without alignment."""
     assert len(make_data(folder, *flags).batch(0).teacher_noise) == levels
 
 
 def test_extra_sigma_has_edms_training_distribution(folder):
+    """ln(sigma) is normal with mean -1.2 and deviation 1.2 (arXiv 2206.00364)."""
     data = make_data(folder, "--extra-sigma", "--batch-size", 180)
     logs = torch.cat([data.batch(step).teacher_noise[1][0] for step in range(20)]).log()
     assert abs(logs.mean() + 1.2) < 0.1 and abs(logs.std() - 1.2) < 0.1
@@ -870,7 +905,7 @@ def test_held_out_images_are_the_first_and_never_appear_in_batches(tmp_path):
         assert len(held_out) == 20 and held_out[:, 0].min() == 1 and held_out[:, 1:].max() == 0
 
 
-def test_a_large_set_holds_out_1024_and_an_epoch_counts_all_images(monkeypatch):
+def test_a_large_set_holds_out_1024_images_that_still_count_in_the_length_of_an_epoch(monkeypatch):
     images = np.zeros((50_000, 1, 1, 3), np.uint8)
     monkeypatch.setattr(train_cifar, "load_real", lambda args, split: (images, np.zeros(50_000, np.int64)))
     data = Data(parse_args(["--smoke"]), CPU)
@@ -892,6 +927,14 @@ def test_held_out_images_and_their_starts_do_not_depend_on_the_processes(folder)
             assert torch.equal(ours, whole[rank::3])
 
 
+def test_training_reads_no_test_image(ten_steps, tmp_path, monkeypatch):
+    splits = []
+    monkeypatch.setattr(train_cifar, "load_real",
+                        lambda args, split: splits.append(split) or load_real(args, split))
+    main([*ten_steps, "--max-steps", "1", "--out", str(tmp_path)])
+    assert splits == ["train"]
+
+
 def test_real_images_come_in_reshuffled_whole_passes(folder):
     data = make_data(folder, "--batch-size", 50)  # 180 real images: passes end inside batches
     stream = np.concatenate([data.draw(step) for step in range(18)])
@@ -907,6 +950,7 @@ def test_a_batch_may_be_larger_than_all_real_images(folder):
 
 
 def test_synthetic_images_are_drawn_from_all_files_by_their_size(folder):
+    """They take 70 % of each batch, and an epoch has as many steps as without them."""
     write_npz(folder / "a.npz", 30, seed=3)
     write_npz(folder / "b.npz", 50, seed=4)
     data = make_data(folder, "--synthetic", folder / "a.npz", folder / "b.npz")
@@ -919,8 +963,10 @@ def test_synthetic_images_are_drawn_from_all_files_by_their_size(folder):
 @pytest.mark.parametrize("flags, count, share", [
     ([], 30, 358), (["--synthetic-fraction", "0.8"], 30, 409), (["--arch", "vit-b-2"], 30, 409),
     ([], 1_000_000, 358), ([], 1_000_001, 409)])
-def test_a_batch_of_512_is_split_as_in_dmat(folder, monkeypatch, flags, count, share):
-    """int(512 x 0.7) = 358 synthetic images; with more than a million of them int(512 x 0.8)."""
+def test_a_batch_of_512_has_as_many_synthetic_images_as_its_recipe_says(folder, monkeypatch, flags, count,
+                                                                        share):
+    """DM-AT: int(512 x 0.7) = 358. int(512 x 0.8) = 409 for ViTs (Wu et al.), and for WideResNets with more
+    than a million of them (arXiv 2404.09349)."""
     opened = np.zeros((count, 1)), np.zeros(count)
     monkeypatch.setattr(train_cifar, "open_npz", lambda path, classes: opened)
     monkeypatch.setattr(train_cifar, "load_real", lambda args, split: draw_smoke_images(20, seed=0))
@@ -928,7 +974,7 @@ def test_a_batch_of_512_is_split_as_in_dmat(folder, monkeypatch, flags, count, s
     assert data.batch_real == 512 - share and (data.draw(0) >= 20).sum() == share
 
 
-def test_images_and_labels_come_from_the_right_place_in_the_right_file(folder):
+def test_an_index_reads_the_image_and_label_at_its_place_in_its_file(folder):
     """Real images and two synthetic files, numbered through; also the first and the last of each."""
     write_npz(folder / "a.npz", 30, seed=3)
     write_npz(folder / "b.npz", 50, seed=4)
@@ -964,10 +1010,10 @@ def test_smoke_images_are_ten_balanced_classes():
 
 
 # -----------------------------------------------------------------------------------------------------------
-# What is kept: the average that was best on held-out images, in files of plain data.
+# 5. What is kept: the average that was best on held-out images, in files of plain data; and what a run says.
 
 
-def test_margin_pushes_only_images_that_are_still_classified_correctly():
+def test_margin_loss_moves_only_images_that_are_still_classified_correctly():
     """Cut off at 0, as in DM-AT: where the attack has won, the gradient is zero and PGD stays where it is."""
     logits = torch.tensor([[3.0, 1.0, 0.0], [3.0, 1.0, 0.0]], requires_grad=True)
     loss = margin_loss(logits, torch.tensor([0, 1]))
@@ -1069,6 +1115,7 @@ def test_best_pt_holds_the_best_average_and_no_optimizer(finished):
 
 
 def test_best_pt_is_the_average_as_it_was_when_it_was_judged(ten_steps, tmp_path, monkeypatch):
+    """The first evaluation is the best here, and the average moves on after it."""
     judged, scores = [], iter([60.0, 50.0, 40.0])
 
     def evaluate(averaged, data, args):
@@ -1095,7 +1142,7 @@ def test_ties_go_to_the_later_evaluation_and_without_an_attack_clean_accuracy_se
     assert (best["step"], best["score"]) == (step, 90 if flags else 30)
 
 
-def test_log_has_its_columns_in_percent_and_eq_4_holds_in_it(finished):
+def test_log_csv_has_its_columns_with_accuracies_in_percent_and_losses_that_obey_eq_4(finished):
     rows = log_rows(finished)
     assert list(rows[0]) == ["step", "epoch", "lr", "loss", "trades", "cosine", "train_clean", "train_robust",
                              "holdout_clean", "holdout_robust"]
@@ -1147,7 +1194,7 @@ def test_a_run_says_what_it_found_and_which_command_judges(ten_steps, finished, 
     assert lines[-1] == f"AutoAttack judges: python eval_autoattack.py {finished / 'best.pt'}"
 
 
-def test_a_vit_keeps_its_last_average_and_a_run_too_short_for_it_says_so(tmp_path, capsys, monkeypatch):
+def test_a_vit_is_judged_by_its_last_average_and_a_run_too_short_for_it_warns(tmp_path, capsys, monkeypatch):
     """Images go in as they are, whatever the data set: the checkpoint says mean 0 and deviation 1."""
     leave_out_training(monkeypatch)
     main(["--smoke", "--arch", "vit-tiny-2", "--dataset", "npz", "--dra-weight", "0", "--max-steps", "2",
@@ -1161,8 +1208,8 @@ def test_a_vit_keeps_its_last_average_and_a_run_too_short_for_it_says_so(tmp_pat
 
 
 @pytest.mark.parametrize("steps, warns", [(1, True), (2, False)])
-def test_dry_run_prints_the_plan_with_a_warning_of_one_epoch_and_writes_nothing(files, tmp_path, capsys,
-                                                                                steps, warns):
+def test_dry_run_prints_the_plan_warns_of_a_single_epoch_and_writes_nothing(files, tmp_path, capsys,
+                                                                            steps, warns):
     main(["--device", "cpu", "--dry-run", "--data-dir", str(files), "--teacher", str(EDM),
           "--synthetic", str(files / "synthetic.npz"), "--arch", "wrn-10-1", "--batch-size", "512",
           "--max-steps", str(steps), "--out", str(tmp_path / "never")])
@@ -1175,16 +1222,9 @@ def test_dry_run_prints_the_plan_with_a_warning_of_one_epoch_and_writes_nothing(
     assert not (tmp_path / "never").exists()
 
 
-def test_training_reads_no_test_image(ten_steps, tmp_path, monkeypatch):
-    splits = []
-    monkeypatch.setattr(train_cifar, "load_real", lambda args,
-                        split: splits.append(split) or load_real(args, split))
-    main([*ten_steps, "--max-steps", "1", "--out", str(tmp_path)])
-    assert splits == ["train"]
-
 
 # -----------------------------------------------------------------------------------------------------------
-# A run that was killed continues to the same bits.
+# 6. A run that was killed continues to the same bits.
 
 KILLABLE = pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGKILL and no SIGSTOP")
 
@@ -1339,11 +1379,12 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(ten_steps, finished, tmp_p
 
 
 # -----------------------------------------------------------------------------------------------------------
-# What is refused, and left as it was: another recipe, a second run, what is not finite.
+# 7. Refusals that leave all as it was: another recipe, a second run, damage, what is not finite.
 
 
 @pytest.mark.parametrize("names", [["best.pt"], ["log.csv"], ["best.pt", "log.csv"]])
 def test_a_folder_with_files_of_a_run_but_no_last_pt_is_refused(ten_steps, finished, tmp_path, names):
+    """A new run would overwrite them."""
     for name in names:
         shutil.copy(finished / name, tmp_path)
     before = contents(tmp_path)
@@ -1372,7 +1413,8 @@ def test_another_recipe_is_refused_and_the_first_difference_is_named(ten_steps, 
     "--teacher-sigma 0.06 --teacher-layer dec.8x8_in1 --seed 0",  # defaults, given
     "--save-minutes 1 --amp --no-compile",  # what does not change the method
     "--beta 6 --dry-run"])  # it trains nothing, so it may
-def test_what_is_the_same_recipe_may_continue(ten_steps, finished, tmp_path, flags):
+def test_a_run_continues_under_flags_that_leave_its_recipe_as_it_is(ten_steps, finished, tmp_path, flags):
+    """Defaults that are spelled out, flags that do not change the method, and a dry run with any."""
     shutil.copy(finished / "last.pt", tmp_path)
     main([*ten_steps, *flags.split(), "--out", str(tmp_path)])
 
@@ -1396,7 +1438,9 @@ def test_moved_files_are_the_same_recipe_and_other_names_are_not(ten_steps, file
 
 
 @pytest.mark.parametrize("name, count, numbers", [("train", 63, "63, 30"), ("synthetic", 29, "64, 29")])
-def test_other_numbers_of_images_are_refused(ten_steps, files, finished, tmp_path, name, count, numbers):
+def test_another_number_of_images_is_refused_as_another_recipe(ten_steps, files, finished, tmp_path,
+                                                               name, count, numbers):
+    """In files of the same names: one image fewer."""
     there, before = shutil.copytree(files, tmp_path / files.name), contents(finished)
     images, labels = draw_smoke_images(count, seed=0)
     np.savez(there / f"{name}.npz", image=images, label=labels)
@@ -1486,7 +1530,7 @@ def test_the_first_step_that_was_not_finite_is_named_when_it_is_noticed_later(te
 
 
 # -----------------------------------------------------------------------------------------------------------
-# Several processes: torchrun starts this very file, see `in_each_process` at its end.
+# 8. Processes: two give what one gives. torchrun starts this very file, see `in_each_process` at its end.
 
 # Without BatchNorm, so that two processes compute what one computes; a WRN, which has it; and one whose batch
 # is in four pieces in any case, each normalised by itself.
@@ -1611,12 +1655,13 @@ def test_a_batch_that_the_processes_cannot_share_equally_is_refused(folder):
 
 
 # -----------------------------------------------------------------------------------------------------------
-# At full size, in bfloat16, and compiled.
+# 9. Full size: the paper's networks, bfloat16, and compilation.
 
 
 @pytest.mark.parametrize("arch, size, width, share",
                          [("wrn-28-10", 512, 640, 0.99), ("vit-b-2", 1024, 768, 0.65)])
-def test_a_step_at_full_size_has_the_right_shapes_and_types_and_never_waits(arch, size, width, share):
+def test_a_step_at_full_size_has_the_right_shapes_and_types_and_never_waits_for_the_device(arch, size, width,
+                                                                                           share):
     """The paper's networks with a teacher of NVIDIA's size, without the memory. What autograd keeps of the
     activations is bfloat16, but for the inputs of a ViT's layer norms; logits and losses are float32. No
     value is asked for, and nothing is made on the host."""
@@ -1639,7 +1684,7 @@ def test_a_step_at_full_size_has_the_right_shapes_and_types_and_never_waits(arch
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++") and not shutil.which("clang++"), reason="needs a C++ compiler")
 @pytest.mark.parametrize("arch", ["wrn-10-1", "vit-tiny-2"])
-def test_steps_compiled_by_inductor_are_the_plain_ones_and_compile_once(arch):
+def test_steps_compiled_by_inductor_agree_with_plain_ones_and_compile_once(arch):
     """From step 1 on, as on a GPU: step 0 has a BatchNorm momentum of its own. Steps 2 and 3 compile
     nothing."""
     args = parse_args(["--smoke", "--arch", arch, "--batch-size", "8", "--attack-steps", "1", "--dra-weight",
@@ -1697,7 +1742,7 @@ def test_bfloat16_moves_the_first_steps_loss_by_less_than_a_percent(arch):
 
 
 # -----------------------------------------------------------------------------------------------------------
-# A teacher and a network of your own.
+# 10. Your own: a teacher and a network that are handed to `main`.
 
 
 def test_a_program_may_hand_over_a_teacher_and_a_network(files, tmp_path, monkeypatch):
@@ -1733,18 +1778,9 @@ def test_without_alignment_no_teacher_is_asked_or_loaded(ten_steps, tmp_path, mo
 
 
 # -----------------------------------------------------------------------------------------------------------
-# Mistakes: one line that names the flag or the file, exit code 2, nothing written, and no file run.
+# 11. Mistakes: one line that names the flag or the file, exit code 2, nothing written, and no file run.
 
 
-def test_eps_is_a_fraction_or_a_number():
-    assert parse_args(["--eps", "8/255"]).eps == parse_args(["--eps", str(8 / 255)]).eps == 8 / 255
-
-
-def test_flags_beat_the_smoke_runs_settings():
-    smoke = parse_args(["--smoke"])
-    assert (smoke.arch, smoke.epochs, smoke.teacher, smoke.device) == ("wrn-10-1", 4, None, "cpu")
-    own = parse_args(["--arch", "wrn-16-2", "--smoke", "--epochs", "7", "--teacher", "x.pkl"])
-    assert (own.arch, own.epochs, own.teacher, own.batch_size) == ("wrn-16-2", 7, "x.pkl", 64)
 
 
 NUMBER, ABOVE = "expected a number of at least 0", "expected a number above 0"
@@ -1915,7 +1951,7 @@ def test_no_reader_runs_anything_in_a_hostile_file(tmp_path):
 
 
 @pytest.mark.slow
-def test_as_a_process_it_ends_with_code_2_and_one_line_and_needs_neither_timm_nor_matplotlib(tmp_path):
+def test_the_script_ends_with_code_2_and_one_line_and_needs_neither_timm_nor_matplotlib(tmp_path):
     code = ("import runpy, sys; sys.modules.update(timm=None, matplotlib=None); "
             "runpy.run_path('train_cifar.py', run_name='__main__')")
     done = subprocess.run([sys.executable, "-c", code, "--smoke", "--teacher", tmp_path / "none.pkl", "--out",
