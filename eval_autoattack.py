@@ -150,7 +150,7 @@ def load_classifier(path, arch=None, dataset=None, script=None, weights="average
         raise InputError(f"{path}: does not say its arch or dataset; give --arch and --dataset")
     benchmark = BENCHMARKS[dataset]
     classes = saved.get("num_classes", benchmark.classes)
-    if not isinstance(classes, int) or not 0 < classes <= 100_000:
+    if not isinstance(classes, int) or not 0 < classes <= 100_000:  # a damaged file may hold anything
         raise InputError(f"{path}: does not say its number of classes, as --dataset {dataset} needs")
     # On ImageNet, one may train on a part of the classes.
     if classes != benchmark.classes and dataset in ("cifar10", "cifar100"):

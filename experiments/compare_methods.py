@@ -176,9 +176,11 @@ class Centred(nn.Module):
         noise = torch.randn(images.shape, generator=generator(args.seed, 0, "mean feature"))
         given = None if args.teacher_unconditional else labels
         with torch.no_grad():
+            # [width], on the CPU; `train_cifar.main` moves it to the device with the module.
             self.register_buffer("mean", teacher(images, given, args.teacher_sigma, noise).mean(dim=0))
 
     def forward(self, images, labels, sigma, noise):
+        """images [B, 3, 32, 32] in [0, 1] -> [B, width]"""
         return self.teacher(images, labels, sigma, noise) - self.mean
 
 
@@ -323,8 +325,8 @@ def draw_figure(path, lines):
 
 def settings_of(method, args):
     """How a row comes about: flags of all runs, the method's own with its files, numbers of test images."""
-    flags = [" ".join(map(last_part, part)) for part in (args.flags, run_flags(method, args))]
-    return dict(zip(SETTINGS, [*flags, str(args.n), str(args.autoattack)]))
+    own = " ".join(map(last_part, run_flags(method, args)))  # files may be moved
+    return dict(zip(SETTINGS, [" ".join(args.flags), own, str(args.n), str(args.autoattack)]))
 
 
 def start_worker(threads):

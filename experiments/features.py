@@ -50,7 +50,6 @@ another way than the rest is given as FILE@ARCH@SCRIPT, in place of --arch and -
 Standard.pt@wrn-28-10@experiments/robustbench_models.py.
 """
 import argparse
-import csv
 import functools
 import sys
 from pathlib import Path
@@ -61,7 +60,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project's root, for the imports below
-from dimensions import read_rows, reading
+from dimensions import read_rows, reading, write_rows
 from edm_encoder import load_edm_encoder
 from eval_autoattack import BENCHMARKS, InputError, load_classifier, load_images
 from train_cifar import DEVICE, count, fraction, generator, last_part, lock, pgd, positive, whole
@@ -248,17 +247,16 @@ def main(argv=None):
         rows = read_rows(path, "method", "checkpoint", "seed", "n")
         for name in [name for row in rows for name in settings if row.get(name) != settings[name]]:
             raise InputError(f"{path}: has {name} {rows[0].get(name)}, not {settings[name]}; change --out")
-        rows = [row for row in rows if row.items() >= about.get(row["checkpoint"], {}).items()]
         for key in [key for key in keys if not any(row.items() >= key.items() for row in rows)]:
             # The likeness of a network with itself would say nothing: nan.
             found = {f"cknna_{name}": cached(file)["clean"] * (1 if file != key["checkpoint"] else torch.nan)
                      for name in ("teacher", "reference") for file in vars(args)[name]}
             found = {name: x[:int(key["n"])] for name, x in (cached(key["checkpoint"]) | found).items()}
             rows.append(settings | key | summarise(found, args.k, args.splits, args.seed))
-            with open(path, "a", newline="") as table:
-                csv.writer(table).writerows([rows[-1]] * (table.tell() == 0) + [rows[-1].values()])
+            write_rows(path, rows)
             print(*(f"{name} {value}" for name, value in rows[-1].items() if name not in settings))
-        with reading(path):
+        with reading(path):  # of a file that has been trained further, only its last state
+            rows = [row for row in rows if row.items() >= about.get(row["checkpoint"], {}).items()]
             draw_figure(path.with_suffix(".png"), rows)
 
 

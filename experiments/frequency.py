@@ -44,8 +44,6 @@ Each network, signal and ring is a row of OUT/frequency.csv, and OUT/frequency.p
 command again continues. OUT/frequency.npy keeps A_r(d) of the first network, image by image, for that.
 """
 import argparse
-import csv
-import io
 import sys
 from pathlib import Path
 
@@ -185,13 +183,6 @@ def read_rows(path, settings):
     return rows
 
 
-def write_rows(path, rows):
-    """Write all rows anew, under another name first: a kill leaves all rows of a network, or none."""
-    text = io.StringIO(newline="")
-    csv.writer(text).writerows([rows[0], *(row.values() for row in rows)])
-    write_atomically(path, lambda file: file.write(text.getvalue().encode()))
-
-
 def curve(rows, method, signal, kind):
     """Mean over a method's networks, and where its error bars begin and end, [R] each: for one network the
     interval over images, for several one standard deviation over them. kind: a statistic of the top."""
@@ -251,8 +242,8 @@ def main(argv=None):
             with dimensions.reading(path.with_suffix(".npy")):
                 summary = summarise(found, np.load(path.with_suffix(".npy")))
             rows += [settings | {"method": networks[name][0], "network": name} | row for row in summary]
-            write_rows(path, rows)
-        write_rows(path, rows)
+            dimensions.write_rows(path, rows)
+        dimensions.write_rows(path, rows)
         with dimensions.reading(path):
             draw_figure(path.with_suffix(".png"), rows)
     print(f"{path} and {path.with_suffix('.png')} hold {len(rows)} rows")

@@ -49,7 +49,6 @@ written when it is known. The same command again continues. OUT/probe_teacher.pn
 counts by its path as given: if training has gone on and written another best.pt, choose another --out.
 """
 import argparse
-import csv
 import itertools
 import sys
 from pathlib import Path
@@ -61,7 +60,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project's root, for the imports below
-from dimensions import read_rows, reading
+from dimensions import read_rows, reading, write_rows
 from edm_encoder import load_edm_encoder
 from eval_autoattack import InputError, load_classifier, load_images
 from train_cifar import DATASETS, DEVICE, count, fraction, generator, last_part, lock, pgd, positive, whole
@@ -158,14 +157,13 @@ def shared_direction(features):
 
 
 def add_row(path, rows, key, settings, right, shared=()):
-    """Append a row to the CSV, and add it to the dict `rows`: the accuracy that `right`, bool [N], gives with
-    Wilson's interval, and the shared direction with its own."""
+    """Add a row to the dict `rows`, and write them all to the CSV: the accuracy that `right`, bool [N], gives
+    with Wilson's interval, and the shared direction with its own."""
     n, p, z = len(right), right.double().mean().item(), 1.96
     half = z * (p * (1 - p) / n + (z / n / 2) ** 2) ** 0.5
     found = [100 * p, *(100 * (p + z**2 / n / 2 + side) / (1 + z**2 / n) for side in (-half, half)), *shared]
-    rows[key] = row = dict(zip(KEY, key)) | settings | dict(zip(NAMES, [f"{x:g}" for x in found] + 3 * [""]))
-    with open(path, "a", newline="") as file:
-        csv.writer(file).writerows([row.values()] if file.tell() else [row, row.values()])
+    rows[key] = dict(zip(KEY, key)) | settings | dict(zip(NAMES, [f"{x:g}" for x in found] + 3 * [""]))
+    write_rows(path, list(rows.values()))
 
 
 def summarise(seeds):

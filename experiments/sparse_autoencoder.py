@@ -37,8 +37,6 @@ Each pair of a checkpoint and a k is a row of OUT/sparse_autoencoder.csv, writte
 OUT/sparse_autoencoder.png shows all rows. The same command again continues.
 """
 import argparse
-import codecs
-import csv
 import functools
 import itertools
 import sys
@@ -53,7 +51,7 @@ from torchvision.datasets import ImageFolder
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project's root, for the imports below
-from dimensions import read_rows, reading
+from dimensions import read_rows, reading, write_rows
 from eval_autoattack import InputError, load_classifier, load_images, read_imagenet
 from train_cifar import DEVICE, count, generator, last_part, lock, whole, write_atomically
 
@@ -237,9 +235,7 @@ def main(argv=None):
             if not any(row.items() >= key.items() for row in rows):
                 sae = fit(features(model)[0], k, args)
                 rows.append(key | about | settings | judge(sae, k, *features(model)))
-                table = [rows[0], *(row.values() for row in rows)]
-                # Under another name first: a kill leaves the old file or the new one.
-                write_atomically(path, lambda f: csv.writer(codecs.getwriter("utf-8")(f)).writerows(table))
+                write_rows(path, rows)
         with reading(path):
             show(path.with_suffix(".png"), rows)
 

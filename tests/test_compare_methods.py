@@ -100,6 +100,13 @@ def test_a_method_is_its_flags_with_the_files_of_this_command():
         train_cifar.parse_args(script.run_flags(method, args))
 
 
+def test_runs_of_another_eps_have_other_settings_and_moved_files_the_same():
+    def settings(flags):
+        return script.settings_of("at+dra", script.parse_args(f"--methods at+dra {flags}".split()))
+    assert settings("--teacher a/t.pt -- --eps 8/255") != settings("--teacher a/t.pt -- --eps 4/255")
+    assert settings("--teacher a/t.pt -- --lr 0.1") == settings("--teacher b/t.pt -- --lr 0.1")
+
+
 @pytest.mark.parametrize("flags, message", [
     ("--methods at+dra", "--methods at+dra: expected --teacher FILE"),
     ("--methods dm-at", "--methods dm-at: expected --synthetic FILE"),

@@ -18,7 +18,8 @@ import train_cifar
 from edm_encoder import EDMEncoder, load_edm_encoder
 from helpers import dump, edm_file, randomise
 from eval_autoattack import load_classifier
-from probe_teacher import InputError, add_row, attack, fit_probe, main, parse_args, shared_direction, summarise
+from probe_teacher import (InputError, add_row, attack, fit_probe, main, parse_args, shared_direction,
+                           summarise)
 
 EDM, NET = [
     str(Path(__file__).parent / "fixtures" / name)
@@ -146,9 +147,10 @@ def test_shared_direction_is_the_mean_over_pairs_of_different_images():
 
 
 def test_accuracies_have_wilsons_interval_and_seeds_their_standard_deviation(tmp_path):
+    rows = {}
     for i, (right, expected) in enumerate([(0, [0, 0, 27.75]), (5, [50, 23.66, 76.34]),
                                            (10, [100, 72.25, 100])]):
-        add_row(tmp_path / "probe_teacher.csv", {}, ("a", str(i), "test", "m", "", "0"), {"n": "10"},
+        add_row(tmp_path / "probe_teacher.csv", rows, ("a", str(i), "test", "m", "", "0"), {"n": "10"},
                 torch.arange(10) < right)
         row = read(tmp_path)[i]
         assert [float(row[name]) for name in probe_teacher.NAMES[:3]] == pytest.approx(

@@ -1,4 +1,4 @@
-"""Shows what each row of the paper's Tables 1 and 2 costs, as README.md's Markdown table. Two minutes.
+"""Shows what each row of the paper's Tables 1 and 2 costs, as a Markdown table. Two minutes.
 
     python tests/by_hand/cost_of_rows.py
 
